@@ -1,0 +1,1 @@
+"""The HTTP edge: wire words come in here and never go further."""

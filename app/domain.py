@@ -1,0 +1,196 @@
+"""The nouns of embedgate: frozen values that every floor above speaks in; no I/O."""
+
+import hashlib
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+Text: TypeAlias = str | tuple[int, ...]
+"""One text to embed: a string, or token ids in the vocabulary that its model's route names."""
+
+InputType: TypeAlias = Literal["query", "document"]
+Truncation: TypeAlias = Literal["none", "end"]
+
+
+class Priority(IntEnum):
+    """Who goes first; the lower number. The lower classes keep a guaranteed share (see `engine/workqueue.py`)."""
+
+    INTERACTIVE = 0
+    DEFAULT = 1
+    BULK = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """One paying team. `weight` is its share among tenants of one priority; `models` holds `*` or allowed names."""
+
+    name: str
+    weight: float = 1.0
+    priority: Priority = Priority.DEFAULT
+    models: frozenset[str] = frozenset({"*"})
+
+    def may_use(self, model: str) -> bool:
+        """Whether this tenant may call `model`."""
+        return "*" in self.models or model in self.models
+
+
+ANONYMOUS = Tenant("anonymous")
+"""Who calls when no key is configured (loopback only)."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """What one tenant wants: one vector per text, in order, before `deadline` (the event loop's clock, seconds)."""
+
+    tenant: Tenant
+    model: str
+    texts: tuple[Text, ...]
+    deadline: float
+    priority: Priority = Priority.DEFAULT
+    dimensions: int | None = None
+    input_type: InputType | None = None
+    truncation: Truncation = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingResult:
+    """The answer to an `EmbeddingRequest`; `vectors[i]` is float32 little-endian bytes for `texts[i]`.
+
+    `tokens` is the sum over all texts, bought or not. `cache_hits + bought + joined == len(vectors)`, where `joined`
+    counts texts that were already in flight or repeated in the request. `deployments` are those that answered, in
+    order of first use; `queue_s` is the longest wait of a text before its call left; `batch_items` the size of the
+    largest batch that carried one.
+    """
+
+    vectors: list[bytes]
+    tokens: int
+    space: "Space"
+    cache_hits: int
+    joined: int = 0
+    deployments: tuple[str, ...] = ()
+    queue_s: float = 0.0
+    batch_items: int = 0
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where vectors may be compared: everything that changes a vector's meaning, and nothing else.
+
+    `dimensions` is the full width that is bought; smaller sizes of a Matryoshka model are cut from it and share the
+    Space. `prompt` is the text the model itself puts in front of an input of this `input_type`.
+    """
+
+    model: str
+    dimensions: int
+    revision: str = ""
+    pooling: str = ""
+    normalised: bool = True
+    max_input_tokens: int = 8192
+    input_type: InputType | None = None
+    prompt: str = ""
+    truncation: Truncation = "none"
+
+    @cached_property
+    def id(self) -> str:
+        """A versioned name that is equal for equal spaces in every process: the cache prefix and batching key."""
+        fields = (
+            self.model, self.dimensions, self.revision, self.pooling, self.normalised, self.max_input_tokens,
+            self.input_type or "", self.prompt, self.truncation,
+        )  # fmt: skip
+        digest = hashlib.blake2b(digest_size=12)
+        for value in map(str, fields):
+            data = value.encode()
+            digest.update(len(data).to_bytes(4, "little") + data)
+        return f"s1-{digest.hexdigest()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one deployment takes; 0 per minute means unlimited.
+
+    `window_s` is the longest that a text waits for company while other calls of the deployment are in flight.
+    `judged_spans_s` are the spans over which the vendor checks its per-minute quotas.
+    """
+
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    max_in_flight: int = 8
+    max_batch_items: int = 2048
+    max_batch_tokens: int = 300_000
+    max_batch_bytes: int = 8_000_000
+    window_s: float = 0.005
+    judged_spans_s: tuple[float, ...] = (60.0,)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempts:
+    """How often and how fast a text is tried again: full jitter over `min(cap, base · 2^n)` seconds."""
+
+    most: int = 3
+    backoff_base_s: float = 0.5
+    backoff_cap_s: float = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerPolicy:
+    """When a deployment is left alone, and for how long; see `engine/breaker.py`."""
+
+    failures_in_a_row: int = 5
+    failure_ratio: float = 0.5
+    ratio_min_calls: int = 10
+    ratio_window_s: float = 30.0
+    open_s: float = 1.0
+    open_cap_s: float = 5.0
+    probe_lease_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """One paid endpoint that serves one Space (in its variants by input type and truncation).
+
+    `unit_norm`: the vendor promises unit vectors, so others are malformed. `takes_token_ids`: it understands token
+    ids of the route's vocabulary as they are.
+    """
+
+    name: str
+    model: str
+    limits: Limits = field(default_factory=Limits)
+    attempts: Attempts = field(default_factory=Attempts)
+    breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
+    timeout_s: float = 30.0
+    unit_norm: bool = False
+    takes_token_ids: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A model name that callers send, the Space that answers, and who serves it, in order of preference.
+
+    `cuts_dimensions`: a cut of the full vector is the vendor's own smaller vector (Matryoshka), so callers may name
+    `dimensions`. `prompts` holds what the model puts in front of an input by input type. `created` is a Unix time
+    for `/v1/models`.
+    """
+
+    model: str
+    space: Space
+    deployments: tuple[Deployment, ...]
+    cuts_dimensions: bool = False
+    prompts: tuple[tuple[InputType, str], ...] = ()
+    max_items: int = 2048
+    max_request_tokens: int = 300_000
+    created: int = 0
+    owned_by: str = "embedgate"
+
+    @property
+    def takes_token_ids(self) -> bool:
+        """Whether every deployment understands the callers' token ids: else they are decoded to text first."""
+        return all(deployment.takes_token_ids for deployment in self.deployments)
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """One embedding as it is kept: float32 little-endian bytes, and how many tokens its text counted."""
+
+    data: bytes
+    tokens: int

@@ -1,0 +1,1 @@
+"""What embedgate does inside: one file per wire dialect, and the model on this machine."""

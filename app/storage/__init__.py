@@ -1,0 +1,1 @@
+"""What embedgate does inside: where state lives: every port but Provider, in process."""
