@@ -1,0 +1,220 @@
+"""One Space's micro-batcher: a slot, company, a permit, then a batch; and the table of texts in flight.
+
+It is supervised: a bug in its loop or in a flight fails what it held, is counted, and the loop goes on.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from app.domain import EmbeddingRequest, Space, Vector
+from app.engine.dispatcher import Bell, Dispatcher, Landed, Permit, Returned, Slot
+from app.engine.workitem import Answer, Batch, WorkItem
+from app.engine.workqueue import WorkQueue
+from app.errors import EmbedgateError, InternalError
+from app.ports import Cache
+from app.telemetry import Telemetry
+
+
+class CrashLog:
+    """Remembers the bugs of the last minute: three of them say that this process is not well."""
+
+    MOST = 3
+
+    def __init__(self, telemetry: Telemetry, *, clock: Callable[[], float]) -> None:
+        self._telemetry = telemetry
+        self._clock = clock
+        self._times: deque[tuple[float, str]] = deque(maxlen=100)
+
+    def record(self, loop: str, error: BaseException) -> None:
+        """Counts one bug in `loop`."""
+        self._times.append((self._clock(), loop))
+        self._telemetry.loop_crashed(loop=loop, error=error)
+
+    def complaint(self) -> str | None:
+        """Why this process should get no requests, if so."""
+        recent = [loop for at, loop in self._times if at > self._clock() - 60.0]
+        return f"{len(recent)} crashes in the last minute, last in {recent[-1]}" if len(recent) >= self.MOST else None
+
+
+class Batcher:
+    """Turns the waiting texts of one Space into calls.
+
+    Every text that waits or flies is in one table by key, so that nobody buys it twice at one moment.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        queue: WorkQueue,
+        dispatcher: Dispatcher,
+        cache: Cache,
+        bell: Bell,
+        crashes: CrashLog,
+        telemetry: Telemetry,
+        *,
+        tasks: asyncio.TaskGroup,
+        clock: Callable[[], float],
+    ) -> None:
+        self.queue = queue
+        self.dispatcher = dispatcher
+        self._space = space
+        self._cache = cache
+        self._bell = bell
+        self._crashes = crashes
+        self._telemetry = telemetry
+        self._tasks = tasks
+        self._clock = clock
+        self._table: dict[bytes, WorkItem] = {}
+
+    def __repr__(self) -> str:
+        return f"<Batcher {self._space.model}: {len(self._table)} texts, {self.queue!r}>"
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def find(self, key: bytes) -> WorkItem | None:
+        """The text in flight or waiting under `key`."""
+        item = self._table.get(key)
+        return None if item is None or self._is_lost(item) else item
+
+    def join(self, item: WorkItem, request: EmbeddingRequest) -> None:
+        """Wants `item` for `request` too; it takes the higher of their priorities."""
+        item.waiters.append(request)
+        self.queue.promote(item, request)
+
+    def submit(self, request: EmbeddingRequest, items: list[WorkItem]) -> None:
+        """Lets new `items` wait, all or none (raises Overloaded)."""
+        self.queue.put(request, items)
+        for item in items:
+            self._table[item.key] = item
+
+    def leave(self, request: EmbeddingRequest, items: Iterable[WorkItem]) -> None:
+        """`request` wants none of `items` any more; those that nobody else wants are dropped, unless they fly."""
+        for item in items:
+            if item.future.done():
+                continue
+            item.waiters.remove(request)
+            if not item.waiters and not item.flying:
+                self.queue.forget(item)
+                self._remove(item)
+
+    # ── the loop ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def run(self) -> None:
+        """Serves until cancelled."""
+        while True:
+            try:
+                await self._serve_one()
+            except Exception as bug:  # supervision is for the errors that nobody thought of
+                self._crashes.record("batcher", bug)
+                self._fail([item for item in self._table.values() if self._is_lost(item)], InternalError())
+                await asyncio.sleep(0.01)
+
+    async def _serve_one(self) -> None:
+        while not self.queue.holds(1, 1):
+            await self._bell.wait(None)
+        slot = await self.dispatcher.slot(self.queue.demand)
+        if slot is None:
+            return
+        try:
+            await self._gather(slot)
+            permit = await self.dispatcher.permit(slot, self.queue.demand)
+            batch = self._take(permit) if permit is not None else None
+        except BaseException:
+            slot.release()
+            raise
+        if permit is None or batch is None:
+            slot.release()
+        elif batch.items:
+            self._tasks.create_task(self._fly(permit, batch))
+        else:
+            await self.dispatcher.give_back(permit)
+
+    async def _gather(self, slot: Slot) -> None:
+        """Waits for company while other calls of the deployment are in flight; an idle deployment never waits."""
+        demand, gate = self.queue.demand(), slot.gate
+        if demand is None or demand.avoid:
+            return
+        limits = gate.deployment.limits
+        until = demand.queued_at + limits.window_s
+        most_items = min(limits.max_batch_items, gate.provider.max_items)
+        while gate.in_flight > 1 and not self.queue.holds(most_items, limits.max_batch_tokens):
+            if (left_s := until - self._clock()) <= 0:
+                return
+            await self._bell.wait(left_s)
+
+    def _take(self, permit: Permit) -> Batch:
+        batch = self.queue.take(permit.fit, permit.slot.gate.name)
+        for item in batch.items:
+            item.flying = True
+        return batch
+
+    async def _fly(self, permit: Permit, batch: Batch) -> None:
+        try:
+            self._report(permit, batch)
+            outcome = await self.dispatcher.fly(permit, batch)
+            if isinstance(outcome, Landed):
+                self._land(batch, outcome)
+            else:
+                await self._retry(outcome)
+        except Exception as bug:  # as in run
+            permit.slot.release()
+            self._crashes.record("flight", bug)
+            self._fail((item for item in batch.items if item.flying), InternalError())
+
+    def _report(self, permit: Permit, batch: Batch) -> None:
+        fit, now = permit.fit, self._clock()
+        self._telemetry.batch_left(
+            deployment=permit.slot.gate.name,
+            items=len(batch.items),
+            tokens=batch.tokens,
+            fill=max(len(batch.items) / fit.items, batch.tokens / fit.tokens if fit.tokens else 0.0),
+            reason=batch.reason,
+            waits=[(item.priority, now - item.queued_at) for item in batch.items],
+        )
+        for item in batch.items:
+            item.left_at = now
+
+    def _land(self, batch: Batch, landed: Landed) -> None:
+        """Keeps the vectors first, then answers everybody: whoever asks in between finds one or the other."""
+        size = len(batch.items)
+        kept = [Vector(row, tokens) for row, tokens in zip(landed.rows, landed.tokens, strict=True)]
+        self._cache.put_many((item.key, vector) for item, vector in zip(batch.items, kept, strict=True))
+        for item, vector in zip(batch.items, kept, strict=True):
+            self._remove(item)
+            if not item.future.done():
+                wait_s = item.left_at - item.queued_at
+                item.future.set_result(Answer(vector.data, vector.tokens, landed.deployment, size, wait_s))
+
+    async def _retry(self, returned: Returned) -> None:
+        if returned.error is not None:
+            self._fail(returned.failed, returned.error)
+        if returned.delay_s:
+            await asyncio.sleep(returned.delay_s)
+        for group in returned.groups:
+            wanted = [item for item in group if item.waiters]
+            for item in group:
+                item.flying = False
+                if not item.waiters:
+                    self._remove(item)
+            self._telemetry.texts_dropped(items=len(group) - len(wanted), reason="left")
+            self.queue.put_back(wanted, returned.avoid)
+
+    def _fail(self, items: Iterable[WorkItem], error: EmbedgateError) -> None:
+        for item in items:
+            self._remove(item)
+            if not item.future.done():
+                item.future.set_exception(error)
+                item.future.exception()  # whoever still waits gets it; nobody else has to
+
+    def _is_lost(self, item: WorkItem) -> bool:
+        """Whether an unanswered text is neither waiting nor in flight: it ran out of time, or a bug dropped it."""
+        return item.place is None and not item.flying and not item.future.done()
+
+    def _remove(self, item: WorkItem) -> None:
+        item.flying = False
+        if self._table.get(item.key) is item:
+            del self._table[item.key]

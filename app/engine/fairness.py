@@ -1,0 +1,118 @@
+"""Fairness inside one priority: between tenants by tokens served, between one tenant's requests by turns."""
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Sequence
+
+from app.domain import EmbeddingRequest, Priority
+from app.engine.workitem import WorkItem
+
+
+class _TenantFlow:
+    """One tenant's waiting requests, which take turns text by text, so that a big one does not hold up a small one."""
+
+    __slots__ = ("name", "requests", "tag", "tokens", "weight")
+
+    def __init__(self, name: str, weight: float, tag: float) -> None:
+        self.name = name
+        self.weight = weight
+        self.tag = tag
+        self.tokens = 0
+        self.requests: deque[list[WorkItem]] = deque()  # each reversed: the next text is the last
+
+    def head(self) -> WorkItem:
+        return self.requests[0][-1]
+
+    def advance(self) -> WorkItem:
+        request = self.requests[0]
+        item = request.pop()
+        self.requests.rotate(-1) if request else self.requests.popleft()
+        self.tokens -= item.tokens
+        return item
+
+
+class Lane:
+    """One priority: tenants in order of tokens served so far, divided by weight (a virtual token counter each).
+
+    A tenant that comes back starts at the least counter among those waiting, so that nobody saves up idle time.
+    """
+
+    def __init__(self, priority: Priority) -> None:
+        self.priority = priority
+        self._heap: list[tuple[float, int, _TenantFlow]] = []
+        self._flows: dict[str, _TenantFlow] = {}
+        self._idle_tags: dict[str, float] = {}
+        self._floor = 0.0
+        self._ties = itertools.count()
+        self.weight = 0.0
+        self.debt_tokens = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self._heap)
+
+    def add(self, request: EmbeddingRequest, items: Sequence[WorkItem]) -> None:
+        """Lets `items` wait as one turn-taker of the request's tenant."""
+        flow = self._flows.get(request.tenant.name)
+        if flow is None:
+            floor = self._heap[0][0] if self._heap else self._floor
+            tag = max(floor, self._idle_tags.pop(request.tenant.name, 0.0))
+            flow = self._flows[request.tenant.name] = _TenantFlow(request.tenant.name, request.tenant.weight, tag)
+            heapq.heappush(self._heap, (tag, next(self._ties), flow))
+            self.weight += flow.weight
+        flow.requests.append(list(reversed(items)))
+        flow.tokens += sum(item.tokens for item in items)
+
+    def head(self) -> WorkItem:
+        """The text that goes next; the lane must not be empty."""
+        return self._heap[0][2].head()
+
+    def holds(self, item: WorkItem) -> bool:
+        """Whether an entry for `item` here is live: not taken, not forgotten, not moved up since."""
+        return item.place == self.priority and not item.returned
+
+    def advance(self, *, charge: bool) -> WorkItem:
+        """Removes the head; `charge` its tokens to its tenant (not for texts that nobody wants any more)."""
+        tag, tie, flow = self._heap[0]
+        item = flow.advance()
+        self._floor = tag
+        if charge:
+            flow.tag = tag + max(item.tokens, 1) / flow.weight
+        if flow.requests:
+            heapq.heapreplace(self._heap, (flow.tag, tie, flow))
+        else:
+            heapq.heappop(self._heap)
+            self._retire(flow)
+        return item
+
+    def _retire(self, flow: _TenantFlow) -> None:
+        del self._flows[flow.name]
+        self.weight -= flow.weight
+        if not self._heap:
+            self._idle_tags.clear()  # nobody waits, so nobody can be ahead
+            return
+        self._idle_tags[flow.name] = flow.tag
+        if len(self._idle_tags) > 1024 + 2 * len(self._flows):
+            floor = self._heap[0][0]
+            self._idle_tags = {name: tag for name, tag in self._idle_tags.items() if tag > floor}
+
+    def tokens_before(self, request: EmbeddingRequest, tokens: int) -> float:
+        """At most so many tokens of this lane are served before `request`'s last text, `tokens` of its own included."""
+        flow = self._flows.get(request.tenant.name)
+        own_weight = flow.weight if flow else request.tenant.weight
+        weight = self.weight if flow else self.weight + own_weight
+        requests = len(flow.requests) + 1 if flow else 1
+        by_turns = tokens * requests
+        own = min((flow.tokens if flow else 0) + tokens, by_turns)
+        return own * weight / own_weight
+
+    def purge(self) -> None:
+        """Rebuilds the lane without the texts that nobody wants any more."""
+        for flow in self._flows.values():
+            kept = ([item for item in request if self.holds(item)] for request in flow.requests)
+            flow.requests = deque(request for request in kept if request)
+            flow.tokens = sum(item.tokens for request in flow.requests for item in request)
+        self._heap = [entry for entry in self._heap if entry[2].requests]
+        heapq.heapify(self._heap)
+        for flow in [flow for flow in self._flows.values() if not flow.requests]:
+            self._retire(flow)

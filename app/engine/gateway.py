@@ -1,0 +1,241 @@
+"""The one door of the engine: look up, queue what is missing, await it, restore the order."""
+
+import asyncio
+import random
+from array import array
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Self
+
+from app import vectors
+from app.domain import EmbeddingRequest, EmbeddingResult, Priority, Route, Space, Text, Vector
+from app.engine.batcher import Batcher, CrashLog
+from app.engine.dispatcher import Bell, Dispatcher, Gate
+from app.engine.intake import Intake, Plan, Sized
+from app.engine.workitem import Answer, WorkItem
+from app.engine.workqueue import QueueBound, WorkQueue
+from app.errors import DeadlineExceeded, ProviderUnavailable, RejectedInput
+from app.ports import Cache, Limiter
+from app.telemetry import Telemetry
+
+GRACE_S = 5.0
+"""How long calls in flight may go on after the last request has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What the engine works with; `secret` keys the cache, `gates` are by deployment name."""
+
+    cache: Cache
+    limiter: Limiter
+    gates: Mapping[str, Gate]
+    telemetry: Telemetry
+    secret: bytes
+    bulk_share: float = 0.05
+
+
+class Gateway:
+    """Answers `EmbeddingRequest`s; an async context manager that owns every task of the engine.
+
+    Raises only `errors.EmbedgateError`s. A caller that is cancelled gives up its own wait and nothing else.
+    """
+
+    def __init__(
+        self,
+        intake: Intake,
+        parts: EngineParts,
+        bound: QueueBound,
+        bell: Bell,
+        *,
+        clock: Callable[[], float] | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._intake = intake
+        self._parts = parts
+        self._bound = bound
+        self._bell = bell
+        self._clock = clock or asyncio.get_running_loop().time
+        self._rng = rng or random.Random()  # noqa: S311 — back-off jitter
+        self._crashes = CrashLog(parts.telemetry, clock=self._clock)
+        self._batchers: dict[str, Batcher] = {}
+        self._tasks = asyncio.TaskGroup()
+        self._loops: list[asyncio.Task[None]] = []
+        self._watch()
+
+    @property
+    def routes(self) -> Mapping[str, Route]:
+        """What callers may ask for, by model name."""
+        return self._intake.routes
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Stops taking batches; calls in flight have `GRACE_S` to land, since they have been paid for."""
+        for loop in self._loops:
+            loop.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                await self._tasks.__aexit__(None, None, None)
+
+    def why_not_ready(self) -> list[str]:
+        """Reasons why this process should get no requests now; empty when it should."""
+        complaint = self._crashes.complaint()
+        return [complaint] if complaint else []
+
+    # ── the life of one request ─────────────────────────────────────────────────────────────────────────────────────
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+        """One vector per text, in order, before the deadline; or an `EmbedgateError` for the whole request."""
+        plan = self._intake.plan(request)
+        texts = await self._intake.texts(plan)
+        keys = self._keys(plan.space, texts)
+        found = await self._parts.cache.get_many(keys)
+        if None in found:
+            return await self._buy(plan, keys, texts, found)
+        hits = [vector for vector in found if vector is not None]
+        self._intake.check_total(plan, sum(vector.tokens for vector in hits))
+        return _result(plan, hits, cache_hits=len(hits))
+
+    async def _buy(
+        self, plan: Plan, keys: Sequence[bytes], texts: Sequence[Text], found: list[Vector | None]
+    ) -> EmbeddingResult:
+        """Gets what the cache does not have.
+
+        Counting may take a while, so the cache is asked again after it; from there until the table of texts in flight
+        holds every missing one nothing is awaited, so that no text is bought twice at one moment.
+        """
+        known_tokens = sum(vector.tokens for vector in found if vector is not None)
+        missing = {key: text for key, text, vector in zip(keys, texts, found, strict=True) if vector is None}
+        sized, took_long = await self._intake.measure(plan, list(missing.values()), known_tokens)
+        measured = dict(zip(missing, sized, strict=True))
+        if took_long:
+            again = await self._parts.cache.get_many(keys)
+            found = [vector or later for vector, later in zip(found, again, strict=True)]
+        batcher = self._batcher(plan.route, plan.space)
+        wanted = dict.fromkeys(key for key, vector in zip(keys, found, strict=True) if vector is None)
+        items, bought = self._queue(batcher, plan.request, {key: measured[key] for key in wanted})
+        answers = await self._arrival(batcher, plan.request, items, keys)
+        merged = [vector or _as_vector(answers[key]) for key, vector in zip(keys, found, strict=True)]
+        hits = len(found) - found.count(None)
+        return _result(plan, merged, cache_hits=hits, joined=len(keys) - hits - bought, answers=answers.values())
+
+    def _queue(
+        self, batcher: Batcher, request: EmbeddingRequest, measured: Mapping[bytes, Sized]
+    ) -> tuple[dict[bytes, WorkItem], int]:
+        """A WorkItem for every text: the one in flight, else a new one; and how many are new. All or nothing."""
+        self._refuse_hopeless(batcher, request)
+        now, loop = self._clock(), asyncio.get_running_loop()
+        joined = {key: item for key in measured if (item := batcher.find(key)) is not None}
+        new = {
+            key: WorkItem(key, sized.payload, sized.tokens, sized.size_bytes, loop.create_future(), [request], now)
+            for key, sized in measured.items()
+            if key not in joined
+        }
+        if new:
+            batcher.submit(request, list(new.values()))
+        for item in joined.values():
+            batcher.join(item, request)
+        return joined | new, len(new)
+
+    async def _arrival(
+        self, batcher: Batcher, request: EmbeddingRequest, items: Mapping[bytes, WorkItem], keys: Sequence[bytes]
+    ) -> dict[bytes, Answer]:
+        """Waits for every item, or for the first that fails, or for the deadline."""
+        left_s = max(0.0, request.deadline - self._clock())
+        futures = [item.future for item in items.values()]
+        try:
+            if futures:
+                await asyncio.wait(futures, timeout=left_s, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            batcher.leave(request, items.values())
+        for key, item in items.items():
+            if item.future.done() and (error := item.future.exception()) is not None:
+                raise RejectedInput(keys.index(key)) if isinstance(error, RejectedInput) else error
+        if not all(future.done() for future in futures):
+            outage_s = batcher.dispatcher.outage_s()
+            raise ProviderUnavailable(outage_s) if outage_s is not None else DeadlineExceeded
+        return {key: item.future.result() for key, item in items.items()}
+
+    def _refuse_hopeless(self, batcher: Batcher, request: EmbeddingRequest) -> None:
+        """Refuses at once what would only wait for a provider that cannot be asked before its deadline."""
+        outage_s, now = batcher.dispatcher.outage_s(), self._clock()
+        if outage_s is not None and now + outage_s >= request.deadline:
+            raise ProviderUnavailable(outage_s)
+        if request.deadline <= now:
+            raise DeadlineExceeded
+
+    def _keys(self, space: Space, texts: Sequence[Text]) -> list[bytes]:
+        """One cache key per text: a keyed hash over the space and the raw text or token ids, never truncated."""
+        base = blake2b(space.id.encode(), key=self._parts.secret, digest_size=32)
+        keys = []
+        for text in texts:
+            digest = base.copy()
+            raw = text.encode() if isinstance(text, str) else array("I", text).tobytes()
+            digest.update((b"t" if isinstance(text, str) else b"i") + len(raw).to_bytes(8, "little") + raw)
+            keys.append(digest.digest())
+        return keys
+
+    # ── spaces ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _batcher(self, route: Route, space: Space) -> Batcher:
+        """The batcher of `space`, started at its first text. There are a few per route: input types, truncation."""
+        batcher = self._batchers.get(space.id)
+        if batcher is None:
+            parts, bell, clock = self._parts, self._bell, self._clock
+            telemetry = parts.telemetry
+            gates = [parts.gates[deployment.name] for deployment in route.deployments]
+            queue = WorkQueue(self._bound, telemetry, clock=clock, bulk_share=parts.bulk_share, ring=bell.ring)
+            dispatcher = Dispatcher(space, gates, parts.limiter, bell, telemetry, clock=clock, rng=self._rng)
+            batcher = Batcher(
+                space, queue, dispatcher, parts.cache, bell, self._crashes, telemetry, tasks=self._tasks, clock=clock
+            )
+            self._batchers[space.id] = batcher
+            self._loops.append(self._tasks.create_task(batcher.run(), name=f"batcher {space.model}"))
+        return batcher
+
+    def _watch(self) -> None:
+        """What is read at each scrape."""
+        telemetry, bound, gates = self._parts.telemetry, self._bound, self._parts.gates
+        by_priority = [(priority, (priority.name.lower(),)) for priority in Priority]
+        states = ("closed", "open", "half_open", "credential", "quota")
+        telemetry.watch(
+            "embedgate_queue_items", "Texts waiting", ("priority",),
+            lambda: [(labels, bound.items[priority]) for priority, labels in by_priority],
+        )  # fmt: skip
+        telemetry.watch(
+            "embedgate_queue_tokens", "Tokens waiting", ("priority",),
+            lambda: [(labels, bound.tokens[priority]) for priority, labels in by_priority],
+        )  # fmt: skip
+        telemetry.watch(
+            "embedgate_in_flight", "Calls in flight", ("deployment",),
+            lambda: [((gate.name,), gate.in_flight) for gate in gates.values()],
+        )  # fmt: skip
+        telemetry.watch(
+            "embedgate_breaker_state", "1 for the state that a deployment is in", ("deployment", "state"),
+            lambda: [((g.name, state), float(g.breaker.state == state)) for g in gates.values() for state in states],
+        )  # fmt: skip
+
+
+def _as_vector(answer: Answer) -> Vector:
+    return Vector(answer.data, answer.tokens)
+
+
+def _result(
+    plan: Plan, merged: Sequence[Vector], *, cache_hits: int, joined: int = 0, answers: Collection[Answer] = ()
+) -> EmbeddingResult:
+    """Puts the answer together, cut to the width that was asked for."""
+    data = [vector.data for vector in merged]
+    return EmbeddingResult(
+        vectors=data if plan.width is None else [vectors.cut(full, plan.width) for full in data],
+        tokens=sum(vector.tokens for vector in merged),
+        space=plan.space,
+        cache_hits=cache_hits,
+        joined=joined,
+        deployments=tuple(dict.fromkeys(answer.deployment for answer in answers)),
+        queue_s=max((answer.queue_s for answer in answers), default=0.0),
+        batch_items=max((answer.batch_items for answer in answers), default=0),
+    )

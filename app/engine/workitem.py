@@ -1,0 +1,83 @@
+"""One text waiting or in flight, and what it travels with and comes back as: the engine's own nouns."""
+
+import asyncio
+from dataclasses import dataclass
+
+from app.domain import EmbeddingRequest, Priority, Text
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a text's future brings: its vector, and how it was come by."""
+
+    data: bytes
+    tokens: int
+    deployment: str
+    batch_items: int
+    queue_s: float
+
+
+@dataclass(slots=True, eq=False)
+class WorkItem:
+    """One text waiting or in flight, for all requests that want it: the only mutable noun.
+
+    `tokens` is our count or estimate. `waiters` are the requests that still want it, first come first; an item without
+    any is dropped at the door. `place` is the priority under which it waits, None when it does not; `returned` says
+    that it waits in a group that came back, not in a lane; `flying` that a call carries it, or will after a back-off.
+    """
+
+    key: bytes
+    payload: Text
+    tokens: int
+    size_bytes: int
+    future: asyncio.Future[Answer]
+    waiters: list[EmbeddingRequest]
+    queued_at: float
+    attempts: int = 0
+    place: Priority | None = None
+    returned: bool = False
+    flying: bool = False
+    left_at: float = 0.0
+
+    @property
+    def deadline(self) -> float:
+        """When the last of its waiters stops caring."""
+        return max((waiter.deadline for waiter in self.waiters), default=0.0)
+
+    @property
+    def priority(self) -> Priority:
+        """The highest of its waiters."""
+        return min((waiter.priority for waiter in self.waiters), default=Priority.BULK)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What one batch may hold at most."""
+
+    items: int
+    tokens: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Texts that travel together, in the order in which they were waiting.
+
+    `reason` is why no more came along; `avoid` names the deployments at which these texts have failed already.
+    """
+
+    items: tuple[WorkItem, ...]
+    tokens: int
+    reason: str
+    avoid: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a batch formed now would look like: its first text, all that waits, and whom it should not go to."""
+
+    head_tokens: int
+    tokens: int
+    priority: Priority
+    queued_at: float
+    avoid: frozenset[str] = frozenset()

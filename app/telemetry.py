@@ -1,0 +1,305 @@
+"""What can be seen from outside: one method per event, which knows its log line and its metrics.
+
+The floors above say *what happened* and nothing else. Labels come from the configuration only, so the number of series
+does not grow with callers; no line and no label ever holds a text, a vector, a key or a user id.
+"""
+
+import asyncio
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from queue import SimpleQueue
+from typing import Any, BinaryIO
+
+import orjson
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from app.domain import Priority
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_ITEMS = tuple(2**n for n in range(12))
+_TOKENS = (8, 32, 128, 512, 2048, 8192, 32_768, 131_072, 300_000)
+_RATIOS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+_SLOW_S = 5.0
+"""A successful request slower than this is logged whatever the sample."""
+
+Reading = Iterable[tuple[tuple[str, ...], float]]
+"""Label values and the value now, for one gauge."""
+
+
+class LogWriter:
+    """JSON lines to a stream that may be slow: collected for 0.1 s, written by a thread, dropped, never waited for."""
+
+    _MOST_CHUNKS = 1000
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._lines: list[bytes] = []
+        self._chunks: SimpleQueue[bytes | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._scheduled = False
+        self.dropped_lines = 0
+
+    def write(self, fields: dict[str, Any]) -> None:
+        """Takes one event; returns at once."""
+        self._lines.append(orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE))
+        if self._scheduled:
+            return
+        try:
+            asyncio.get_running_loop().call_later(0.1, self._flush)
+            self._scheduled = True
+        except RuntimeError:
+            self._flush()
+
+    def close(self) -> None:
+        """Writes what is left and stops the thread."""
+        self._flush()
+        if self._thread is not None:
+            self._chunks.put(None)
+            self._thread.join(timeout=5)
+            self._thread = None
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        lines, self._lines = self._lines, []
+        if not lines:
+            return
+        if self._chunks.qsize() >= self._MOST_CHUNKS:
+            self.dropped_lines += len(lines)
+            return
+        self._chunks.put(b"".join(lines))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._drain, name="log-writer", daemon=True)
+            self._thread.start()
+
+    def _drain(self) -> None:
+        while (chunk := self._chunks.get()) is not None:
+            try:
+                self._stream.write(chunk)
+                self._stream.flush()
+            except (OSError, ValueError):
+                self.dropped_lines += chunk.count(b"\n")
+
+
+class _Gauges(Collector):
+    """Gauges that are read when somebody scrapes, so that they cost nothing in between."""
+
+    def __init__(self) -> None:
+        self._gauges: list[tuple[str, str, tuple[str, ...], Callable[[], Reading]]] = []
+
+    def add(self, name: str, text: str, labels: tuple[str, ...], read: Callable[[], Reading]) -> None:
+        self._gauges.append((name, text, labels, read))
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        for name, text, labels, read in self._gauges:
+            family = GaugeMetricFamily(name, text, labels=labels)
+            for values, value in read():
+                family.add_metric(list(values), value)
+            yield family
+
+
+class _RequestSeries:
+    """The series of one (model, tenant): looked up once, then only counted."""
+
+    __slots__ = ("hits", "joined", "misses", "seconds", "tokens")
+
+    def __init__(self, telemetry: "Telemetry", model: str, tenant: str) -> None:
+        self.seconds = telemetry.request_seconds.labels(model)
+        self.tokens = telemetry.tokens.labels(model, tenant)
+        self.hits = telemetry.cache_texts.labels(model, "hit")
+        self.misses = telemetry.cache_texts.labels(model, "miss")
+        self.joined = telemetry.cache_texts.labels(model, "joined")
+
+
+class Telemetry:
+    """The one place that knows log lines and metrics; each instance has its own `registry`.
+
+    `tenants` and `models` are the names of the configuration: any other becomes `other`.
+    """
+
+    def __init__(
+        self,
+        *,
+        tenants: Iterable[str] = (),
+        models: Iterable[str] = (),
+        stream: BinaryIO | None = None,
+        log_sample: float = 1.0,
+    ) -> None:
+        self.registry = CollectorRegistry()
+        self._tenants = frozenset(tenants)
+        self._models = frozenset(models)
+        self._log = LogWriter(stream or sys.stderr.buffer)
+        self._log_sample = log_sample
+        self._gauges = _Gauges()
+        self.registry.register(self._gauges)
+        self._series: dict[tuple[str, str], _RequestSeries] = {}
+        self._answers: dict[tuple[str, str, int, str | None], Any] = {}
+        self._make_request_metrics()
+        self._make_engine_metrics()
+        self.watch("embedgate_log_lines_dropped", "Log lines lost to a slow stream", (), self._read_dropped)
+
+    def _make_request_metrics(self) -> None:
+        registry = self.registry
+        self.requests = Counter(
+            "embedgate_requests", "Answers to callers", ("model", "tenant", "status", "code"), registry=registry
+        )
+        self.request_seconds = Histogram(
+            "embedgate_request_seconds", "From the last byte in to the first byte out", ("model",),
+            buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.tokens = Counter("embedgate_tokens", "Tokens answered", ("model", "tenant"), registry=registry)
+        self.cache_texts = Counter(
+            "embedgate_cache_texts", "Texts by how they were answered: hit, miss, joined one in flight",
+            ("model", "outcome"), registry=registry,
+        )  # fmt: skip
+
+    def _make_engine_metrics(self) -> None:
+        def histogram(name: str, text: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"embedgate_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"embedgate_{name}", text, labels, registry=self.registry)
+
+        by_deployment = ("deployment",)
+        self.queue_seconds = histogram("queue_seconds", "Wait before a call left", ("deployment", "priority"), _SECONDS)
+        self.provider_seconds = histogram("provider_seconds", "One call", ("deployment", "outcome"), _SECONDS)
+        self.batch_items = histogram("batch_items", "Texts in a call", by_deployment, _ITEMS)
+        self.batch_tokens = histogram("batch_tokens", "Tokens in a call", by_deployment, _TOKENS)
+        self.batch_fill = histogram("batch_fill_ratio", "Fullest dimension of a call", by_deployment, _RATIOS)
+        self.limiter_wait_seconds = histogram("limiter_wait_seconds", "Wait for quota", by_deployment, _SECONDS)
+        self.flushes = counter("flushes", "Why a batch was closed", "deployment", "reason")
+        self.billed_tokens = counter("provider_tokens", "Tokens that providers counted", "deployment")
+        self.retries = counter("retries", "Texts sent again", "deployment", "reason")
+        self.dropped_texts = counter("dropped_texts", "Waiting texts that nobody wanted any more", "reason")
+        self.loop_crashes = counter("loop_crashes", "Bugs that a supervised loop survived", "loop")
+
+    def watch(self, name: str, text: str, labels: tuple[str, ...], read: Callable[[], Reading]) -> None:
+        """Adds a gauge whose value is read at each scrape."""
+        self._gauges.add(name, text, labels, read)
+
+    def close(self) -> None:
+        """Writes the last log lines."""
+        self._log.close()
+
+    # ── callers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def request_finished(
+        self,
+        *,
+        request_id: str,
+        tenant: str,
+        model: str,
+        status: int,
+        code: str | None,
+        duration_s: float,
+        items: int,
+        tokens: int,
+        cache_hits: int,
+        joined: int,
+        queue_s: float,
+        deployment: str,
+    ) -> None:
+        """A caller got its answer, or left (status 499)."""
+        model = model if model in self._models else "other"
+        tenant = tenant if tenant in self._tenants else "other"
+        answer = (model, tenant, status, code)
+        counted = self._answers.get(answer)
+        if counted is None:
+            counted = self._answers[answer] = self.requests.labels(model, tenant, str(status), code or "")
+        counted.inc()
+        if status < 400:
+            series = self._series.get((model, tenant))
+            if series is None:
+                series = self._series[model, tenant] = _RequestSeries(self, model, tenant)
+            series.seconds.observe(duration_s)
+            series.tokens.inc(tokens)
+            if cache_hits:
+                series.hits.inc(cache_hits)
+            if joined:
+                series.joined.inc(joined)
+            if items - cache_hits - joined:
+                series.misses.inc(items - cache_hits - joined)
+            if duration_s < _SLOW_S and self._log_sample < 1.0 and random.random() >= self._log_sample:  # noqa: S311
+                return
+        self._event(
+            "request.finished", request_id=request_id, tenant=tenant, model=model, status=status, code=code,
+            duration_ms=round(duration_s * 1000, 3), items=items, tokens=tokens, cache_hits=cache_hits, joined=joined,
+            queue_ms=round(queue_s * 1000, 3), deployment=deployment,
+        )  # fmt: skip
+
+    # ── batches ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def batch_left(
+        self,
+        *,
+        deployment: str,
+        items: int,
+        tokens: int,
+        fill: float,
+        reason: str,
+        waits: Iterable[tuple[Priority, float]],
+    ) -> None:
+        """A batch was closed for `reason` and its call starts; `waits` has each text's wait in seconds."""
+        self.batch_items.labels(deployment).observe(items)
+        self.batch_tokens.labels(deployment).observe(tokens)
+        self.batch_fill.labels(deployment).observe(fill)
+        self.flushes.labels(deployment, reason).inc()
+        for priority, wait_s in waits:
+            self.queue_seconds.labels(deployment, priority.name.lower()).observe(wait_s)
+
+    def batch_settled(
+        self, *, deployment: str, space: str, items: int, tokens: int, duration_s: float, outcome: str, detail: str = ""
+    ) -> None:
+        """A call ended: `outcome` is `ok` or the class of what went wrong; `detail` our own words about it."""
+        self.provider_seconds.labels(deployment, outcome).observe(duration_s)
+        if outcome == "ok":
+            self.billed_tokens.labels(deployment).inc(tokens)
+        self._event(
+            "batch.settled", deployment=deployment, space=space, items=items, tokens=tokens,
+            duration_ms=round(duration_s * 1000, 3), outcome=outcome, detail=detail,
+        )  # fmt: skip
+
+    def texts_retried(self, *, deployment: str, items: int, reason: str, delay_s: float) -> None:
+        """Texts go back to the head of the queue after `delay_s`."""
+        self.retries.labels(deployment, reason).inc(items)
+        self._event(
+            "texts.retried", deployment=deployment, items=items, reason=reason, delay_ms=round(delay_s * 1000, 3)
+        )
+
+    def texts_dropped(self, *, items: int, reason: str) -> None:
+        """Waiting texts were skipped: their callers `left`, or their deadline `expired`."""
+        if items:
+            self.dropped_texts.labels(reason).inc(items)
+
+    def limiter_waited(self, *, deployment: str, wait_s: float) -> None:
+        """A permit had to wait for quota."""
+        self.limiter_wait_seconds.labels(deployment).observe(wait_s)
+
+    # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def breaker_changed(self, *, deployment: str, state: str, reason: str) -> None:
+        """A deployment was left alone, is being probed, or is trusted again."""
+        self._event("breaker.changed", deployment=deployment, state=state, reason=reason)
+
+    def loop_crashed(self, *, loop: str, error: BaseException) -> None:
+        """A bug in a supervised loop; what it held has failed and the loop goes on."""
+        self.loop_crashes.labels(loop).inc()
+        at = error.__traceback__
+        while at is not None and at.tb_next is not None:
+            at = at.tb_next
+        where = f"{at.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{at.tb_lineno}" if at else ""
+        self._event("loop.crashed", loop=loop, error=type(error).__name__, where=where)
+
+    def service_changed(self, state: str, **fields: str | int) -> None:
+        """The service started, drains or stopped."""
+        self._event(f"service.{state}", **fields)
+
+    def _event(self, event: str, **fields: object) -> None:
+        self._log.write({"time": round(time.time(), 3), "event": event, **fields})
+
+    def _read_dropped(self) -> Reading:
+        return [((), self._log.dropped_lines)]
