@@ -1,0 +1,180 @@
+"""Hides one provider's HTTP: connection pool, whole-call time-outs, bounded bodies, what its retry headers mean."""
+
+import asyncio
+import functools
+import math
+import re
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+
+import aiohttp
+import httpx
+from httpx_aiohttp import AiohttpTransport
+
+from app.errors import CallTimeout, ConfigurationError, MalformedReply, ProviderError, Transient, Unreachable
+
+_CONNECT_S = 5.0
+_KEEP_ALIVE_S = 30.0
+_PIECE_BYTES = 2**18
+_MOST_ERROR_BYTES = 2**16
+_MOST_RETRY_AFTER_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A complete answer; the content of one that is no 2xx may be cut off."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytearray
+
+
+class Endpoint:
+    """Posts JSON to one provider over at most `max_connections` kept-alive connections.
+
+    Nothing of the environment (proxies, netrc) is used, redirects are not followed, nothing is retried and cookies
+    are not kept. `headers` go with every call. Raises ConfigurationError for headers that HTTP cannot carry.
+    """
+
+    def __init__(self, base_url: str, headers: Mapping[str, str], *, max_connections: int) -> None:
+        for name, value in headers.items():
+            if not (value.isascii() and value.isprintable()):
+                raise ConfigurationError(f"the value of the header `{name}` has characters that HTTP cannot carry")
+        self._max_connections = max_connections
+        self._http = httpx.AsyncClient(
+            base_url=base_url,
+            headers={"user-agent": "embedgate", "accept-encoding": "identity", **headers},
+            transport=AiohttpTransport(verify=_tls(), trust_env=False, client=self._open_session),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+            timeout=httpx.Timeout(None, connect=_CONNECT_S),
+            follow_redirects=False,
+            trust_env=False,
+        )
+
+    async def post(self, path: str, body: bytes, *, most_bytes: int, timeout_s: float) -> Answer:
+        """One exchange, complete within `timeout_s`; raises ProviderErrors for what brings no answer.
+
+        A 2xx longer than `most_bytes` or compressed although that was not asked is a MalformedReply.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._exchange(path, body, most_bytes)
+        except (httpx.TransportError, aiohttp.ClientError) as error:
+            raise _translated(error) from None
+        except TimeoutError:
+            raise CallTimeout(f"no complete answer within {timeout_s:.3g} s") from None
+        except OSError as error:
+            raise _translated(error) from None
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        await self._http.aclose()
+
+    async def _exchange(self, path: str, body: bytes, most_bytes: int) -> Answer:
+        # Both a content-length and pieces: the transport holds the loop for a large body given in one.
+        headers = {"content-type": "application/json", "content-length": str(len(body))}
+        request = self._http.build_request("POST", path, content=_pieces(body), headers=headers)
+        response = await self._http.send(request, stream=True)
+        try:
+            if not response.is_success:
+                return Answer(response.status_code, response.headers, await _head(response, _MOST_ERROR_BYTES))
+            if response.headers.get("content-encoding", "identity") != "identity":
+                raise MalformedReply("a compressed reply, which was not asked for")
+            content = await _head(response, most_bytes + 1)
+            if len(content) > most_bytes:
+                raise MalformedReply(f"a reply of more than {most_bytes} bytes")
+            return Answer(response.status_code, response.headers, content)
+        finally:
+            await response.aclose()
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(limit=self._max_connections, ssl=_tls(), keepalive_timeout=_KEEP_ALIVE_S)
+        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """One for all endpoints: the certificates take longer to read than all else together."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), _PIECE_BYTES):
+        yield body[start : start + _PIECE_BYTES]
+
+
+async def _head(response: httpx.Response, most_bytes: int) -> bytearray:
+    """The first `most_bytes` of the body, or all of it; one growing buffer, since joining pieces takes a copy more."""
+    content = bytearray()
+    async for piece in response.aiter_raw():
+        content += piece
+        if len(content) >= most_bytes:
+            del content[most_bytes:]
+            break
+    return content
+
+
+def _translated(error: Exception) -> ProviderError:
+    """What a lost exchange means; the transport calls every lost connection a connect time-out, so its cause counts."""
+    cause = error.__cause__ if isinstance(error, httpx.TransportError) else error
+    name = type(cause).__name__
+    if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        return Unreachable(f"no connection: {name}")
+    if isinstance(cause, aiohttp.ClientResponseError):
+        return MalformedReply(f"an answer that is no HTTP: {name}")
+    return Transient(f"the connection broke: {name}")
+
+
+# ── retry headers ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def retry_after_s(headers: Mapping[str, str], kind: str = "") -> float | None:
+    """How long the provider asks to wait, within [0, 120] s; None if it does not say, or nothing that can be read.
+
+    `retry-after-ms` before `retry-after` (seconds or a date) before the time in which the bucket of `kind`
+    (`requests` or `tokens`; else the slower of both) is full again.
+    """
+    resets = [kind] if kind in ("requests", "tokens") else ["requests", "tokens"]
+    waits = [_go_duration_s(headers.get(f"x-ratelimit-reset-{reset}", "")) for reset in resets]
+    wait_s = _first(
+        _number(headers.get("retry-after-ms", ""), scale=1e-3),
+        _number(headers.get("retry-after", "")),
+        _until_s(headers.get("retry-after", "")),
+        max((wait for wait in waits if wait is not None), default=None),
+    )
+    return None if wait_s is None else min(max(wait_s, 0.0), _MOST_RETRY_AFTER_S)
+
+
+def _first(*waits: float | None) -> float | None:
+    return next((wait for wait in waits if wait is not None), None)
+
+
+def _number(text: str, scale: float = 1.0) -> float | None:
+    try:
+        value = float(text) * scale
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _until_s(text: str) -> float | None:
+    try:
+        date = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(h|ms|m|s)")
+_UNIT_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3}
+
+
+def _go_duration_s(text: str) -> float | None:
+    """`6m0s`, `8.64s`, `20ms` in seconds."""
+    if not text or _DURATION.sub("", text):
+        return None
+    return sum(float(number) * _UNIT_S[unit] for number, unit in _DURATION.findall(text))
