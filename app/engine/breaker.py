@@ -15,7 +15,6 @@ CONDEMNED_S = 60.0
 """How long a deployment without credential or credit is left alone: only an operator can mend it."""
 
 _JITTER = 0.1
-_STALL_LEAST_S = 1.0
 _STALL_TIMES_P99 = 4.0
 _REMEMBERED_DURATIONS = 128
 _REMEMBERED_OUTCOMES = 1024
@@ -142,16 +141,16 @@ class CircuitBreaker:
         if self._state != "closed" or not self._unanswered:
             return None
         age_s = self._clock() - next(iter(self._unanswered)).started_s
-        if age_s < _STALL_LEAST_S:  # no need to sort the durations yet
-            return _STALL_LEAST_S - age_s
+        if age_s < self._policy.stall_least_s:  # no need to sort the durations yet
+            return self._policy.stall_least_s - age_s
         return max(0.0, self._stalled_after_s() - age_s)
 
     def _stalled_after_s(self) -> float:
         """How old an unanswered call may become; before any answer is known, as old as a probe."""
         if not self._durations_s:
-            return max(_STALL_LEAST_S, self._policy.probe_lease_s)
+            return max(self._policy.stall_least_s, self._policy.probe_lease_s)
         ordered = sorted(self._durations_s)
-        return max(_STALL_LEAST_S, _STALL_TIMES_P99 * ordered[(len(ordered) * 99 - 1) // 100])
+        return max(self._policy.stall_least_s, _STALL_TIMES_P99 * ordered[(len(ordered) * 99 - 1) // 100])
 
     def _end(self, ended: Pass) -> bool:
         """Takes a pass back; whether its result may be judged."""
