@@ -1,0 +1,156 @@
+"""The command line as an operator meets it: in a process of its own, by exit code and output."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app import __version__
+
+COMMAND = (sys.executable, "-m", "app")
+ROOT = Path(__file__).parents[2]
+ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDGATE_")}
+ENVIRON["PYTHONPATH"] = str(ROOT)
+
+
+def embedgate(*arguments: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Runs one command to its end in `folder`."""
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=folder,
+        env=ENVIRON | environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        encoding="utf-8",
+    )
+
+
+def test_help_teaches_with_examples(tmp_path: Path) -> None:
+    """The first screen names every command and has lines to copy."""
+    shown = embedgate("--help", folder=tmp_path)
+    assert shown.returncode == 0
+    for said in ("serve", "check", "models", "curl http://127.0.0.1:8080/v1/embeddings", "EMBEDGATE_SERVER__PORT"):
+        assert said in shown.stdout
+    assert embedgate("serve", "--help", folder=tmp_path).returncode == 0
+
+
+def test_version_is_one_line(tmp_path: Path) -> None:
+    """`--version` needs no command."""
+    shown = embedgate("--version", folder=tmp_path)
+    assert (shown.returncode, shown.stdout) == (0, f"embedgate {__version__}\n")
+
+
+def test_check_prints_what_was_understood_with_keys_masked(tmp_path: Path) -> None:
+    """A good configuration is shown whole, defaults included, without its keys."""
+    (tmp_path / "embedgate.toml").write_text('[tenants.search]\napi_key = "env:SEARCH_KEY"\n')
+    shown = embedgate("check", folder=tmp_path, SEARCH_KEY="sk-very-secret", EMBEDGATE_SERVER__PORT="9000")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    for said in ("# embedgate.toml", "port = 9000", "[deployments.local]", "[tenants.search]", 'api_key = ["***"]'):
+        assert said in shown.stdout
+    assert "sk-very-secret" not in shown.stdout
+
+
+@pytest.mark.parametrize("command", ["check", "models", "serve"])
+def test_a_bad_configuration_is_told_line_by_line_and_ends_with_2(tmp_path: Path, command: str) -> None:
+    """No command shows a traceback for what the operator must mend."""
+    (tmp_path / "my.toml").write_text("[server]\nprot = 1\nport = -1\n")
+    shown = embedgate(command, "--config", "my.toml", folder=tmp_path)
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr == (
+        "embedgate: my.toml:2: server.prot: unknown key; did you mean 'port'?\n"
+        "embedgate: my.toml:3: server.port: must be at least 0, not -1\n"
+    )
+
+
+def test_check_opens_what_serve_would_open(tmp_path: Path) -> None:
+    """A directory that is no model is found by `check`, not at the first start."""
+    (tmp_path / "embedgate.toml").write_text(
+        '[deployments.mine]\ndialect = "local"\npath = "nothing"\n[models.mine]\ndeployments = ["mine"]\n'
+    )
+    shown = embedgate("check", folder=tmp_path)
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert len(shown.stderr.splitlines()) == 1
+    assert "nothing is no model" in shown.stderr
+
+
+def test_models_are_listed_for_people_and_for_programs(tmp_path: Path) -> None:
+    """Name, dimensions, longest input, deployments in order: as a table or as one JSON object per line."""
+    (tmp_path / "embedgate.toml").write_text(
+        '[deployments.local]\ndialect = "local"\n[deployments.a]\ndialect = "openai"\napi_key = "k"\n'
+        'model = "text-embedding-3-small"\n[deployments.b]\ndialect = "openai"\napi_key = "k"\n'
+        'model = "text-embedding-3-small"\n[models.mini]\ndeployments = ["local"]\n'
+        '[models.small]\ndeployments = ["b", "a"]\n'
+    )
+    table = embedgate("models", folder=tmp_path)
+    assert table.returncode == 0, table.stderr
+    assert [re.split(r"  +", line) for line in table.stdout.splitlines()] == [
+        ["MODEL", "DIMENSIONS", "MAX TOKENS", "DEPLOYMENTS"],
+        ["mini", "384", "256", "local"],
+        ["small", "1536", "8192", "b, a"],
+    ]
+    listed = embedgate("models", "--json", folder=tmp_path)
+    assert [json.loads(line) for line in listed.stdout.splitlines()] == [
+        {"model": "mini", "dimensions": 384, "max_input_tokens": 256, "deployments": ["local"]},
+        {"model": "small", "dimensions": 1536, "max_input_tokens": 8192, "deployments": ["b", "a"]},
+    ]
+
+
+def test_a_port_in_use_is_told_in_one_line(tmp_path: Path) -> None:
+    """Exit code 2, and the port is named."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        shown = embedgate("serve", "--port", str(port), folder=tmp_path)
+    assert shown.returncode == 2
+    (line,) = [line for line in shown.stderr.splitlines() if not line.startswith("{")]
+    assert str(port) in line
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A service on any free port, and the lines with which it announced itself."""
+    process = subprocess.Popen(
+        [*COMMAND, "serve", "--port", "0"],
+        cwd=folder,
+        env=ENVIRON,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process, [process.stdout.readline() for _ in range(3)]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_announces_itself_answers_and_leaves_cleanly(tmp_path: Path, number: signal.Signals) -> None:
+    """What it serves, the base URL, and a line to try that works; Ctrl-C and SIGTERM end with exit code 0."""
+    with serving(tmp_path) as (process, (serves, base, attempt)):
+        assert "all-MiniLM-L6-v2" in serves
+        url = base.split()[-1]
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/v1", url)
+        assert f"curl {url}/embeddings" in attempt
+        body = re.search(r"-d '(.*)'", attempt)
+        assert body is not None
+        asked = urllib.request.Request(
+            f"{url}/embeddings", body[1].encode(), headers={"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            assert len(json.load(answer)["data"][0]["embedding"]) == 384
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 0

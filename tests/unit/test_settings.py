@@ -1,0 +1,250 @@
+"""The configuration: what is understood, what overrides it, and that keys never show."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.domain import Attempts, BreakerPolicy, Limits, Priority, Tenant
+from app.errors import ConfigurationError
+from app.settings import LocalDeployment, OpenAIDeployment, Settings, describe, find, load
+
+SMALL = """\
+[deployments.main]
+dialect = "openai"
+base_url = "http://10.0.0.7:8000/v1"
+model = "bge-small"
+
+[models.bge]
+deployments = ["main"]
+dimensions = 384
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """Puts a text into `embedgate.toml` and returns its path."""
+
+    def put(text: str) -> Path:
+        path = tmp_path / "embedgate.toml"
+        path.write_text(text, "utf-8")
+        return path
+
+    return put
+
+
+# ── what is understood ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_without_configuration_the_local_model_is_served_to_this_machine() -> None:
+    """No file at all is one local deployment, one model, loopback and no keys."""
+    settings = load(None, {})
+    assert settings.server.loopback
+    assert settings.server.port == 8080
+    assert list(settings.models) == ["all-MiniLM-L6-v2"]
+    assert isinstance(settings.deployments["local"], LocalDeployment)
+    assert settings.deployments["local"].model == "all-MiniLM-L6-v2"
+    assert not settings.tenants
+
+
+def test_a_file_without_deployments_keeps_the_local_model(write: Any) -> None:
+    """Only the port changed: the embedded default stays."""
+    settings = load(write("[server]\nport = 9\n"), {})
+    assert settings.server.port == 9
+    assert list(settings.models) == ["all-MiniLM-L6-v2"]
+
+
+def test_a_full_configuration_becomes_the_nouns_of_the_domain(write: Any) -> None:
+    """Limits, attempts, breaker and tenant carry the file's values in the domain's units."""
+    text = SMALL.replace(
+        'model = "bge-small"',
+        'model = "bge-small"\nwindow_ms = 20\nmax_in_flight = 4\nrequests_per_minute = 60\njudged_spans_s = [1, 60]\n'
+        "attempts = 2\nbackoff_cap_s = 4\nbreaker_open_s = 2",
+    )
+    text += (
+        '[tenants.search]\napi_key = ["key-one", "key-two"]\nweight = 2\npriority = "interactive"\nmodels = ["bge"]\n'
+    )
+    settings = load(write(text), {})
+    deployment = settings.deployments["main"]
+    assert deployment.limits() == Limits(60, 0, 4, window_s=0.02, judged_spans_s=(1.0, 60.0))
+    assert deployment.retry() == Attempts(2, 0.5, 4.0)
+    assert deployment.breaker() == BreakerPolicy(open_s=2.0)
+    assert settings.tenants["search"].tenant("search") == Tenant(
+        "search", 2.0, Priority.INTERACTIVE, frozenset({"bge"})
+    )
+    assert [key.get_secret_value() for key in settings.tenants["search"].api_key] == ["key-one", "key-two"]
+
+
+def test_defaults_are_those_of_the_domain(write: Any) -> None:
+    """A deployment that names no limits has the domain's."""
+    deployment = load(write(SMALL), {}).deployments["main"]
+    assert (deployment.limits(), deployment.retry(), deployment.breaker()) == (Limits(), Attempts(), BreakerPolicy())
+
+
+def test_the_catalog_fills_in_what_is_known_of_openai_models(write: Any) -> None:
+    """Dimensions, longest input, vocabulary and Matryoshka need no configuration for OpenAI's models."""
+    text = '[deployments.d]\ndialect = "openai"\napi_key = "k"\nmodel = "{0}"\n[models.m]\ndeployments = ["d"]\n'
+    large = load(write(text.format("text-embedding-3-large")), {}).facts("m")
+    assert (large.dimensions, large.max_input_tokens, large.tokenizer) == (3072, 8192, "cl100k_base")
+    assert large.cuts_dimensions
+    assert large.unit_norm
+    ada = load(write(text.format("text-embedding-ada-002")), {}).facts("m")
+    assert (ada.dimensions, ada.cuts_dimensions) == (1536, False)
+
+
+def test_an_unknown_model_is_estimated_and_never_cut_unless_the_operator_says_so(write: Any) -> None:
+    """Outside the catalog only the configuration speaks."""
+    facts = load(write(SMALL), {}).facts("bge")
+    assert (facts.dimensions, facts.max_input_tokens, facts.tokenizer) == (384, 8192, "estimate")
+    assert not facts.cuts_dimensions
+    told = load(write(SMALL + 'cuts_dimensions = true\nmax_input_tokens = 512\ntokenizer = "cl100k_base"\n'), {})
+    facts = told.facts("bge")
+    assert (facts.cuts_dimensions, facts.max_input_tokens, facts.tokenizer) == (True, 512, "cl100k_base")
+
+
+def test_a_local_model_leaves_to_its_files_what_they_say() -> None:
+    """Nothing is assumed about a local model."""
+    facts = load(None, {}).facts("all-MiniLM-L6-v2")
+    assert (facts.dimensions, facts.max_input_tokens, facts.tokenizer) == (None, None, None)
+
+
+def test_token_ids_are_native_only_at_openai(write: Any) -> None:
+    """Compatible servers get text unless the operator says that they know the ids."""
+    openai = '[deployments.d]\ndialect = "openai"\napi_key = "k"\nmodel = "text-embedding-3-small"\n'
+    openai += '[models.m]\ndeployments = ["d"]\n'
+    for text, native in [
+        (openai, True),
+        (SMALL, False),
+        (SMALL.replace("[models", "takes_token_ids = true\n[models"), True),
+        (openai.replace("api_key", 'base_url = "https://api.openai.com.evil.example/v1"\napi_key'), False),
+    ]:
+        (deployment,) = load(write(text), {}).deployments.values()
+        assert isinstance(deployment, OpenAIDeployment)
+        assert deployment.takes_token_ids is native
+
+
+def test_the_file_is_found_by_option_then_environment_then_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--config` wins over EMBEDGATE_CONFIG, which wins over ./embedgate.toml."""
+    monkeypatch.chdir(tmp_path)
+    assert find(None, {}) is None
+    Path("embedgate.toml").touch()
+    assert find(None, {}) == Path("embedgate.toml")
+    assert find(None, {"EMBEDGATE_CONFIG": "b.toml"}) == Path("b.toml")
+    assert find(Path("a.toml"), {"EMBEDGATE_CONFIG": "b.toml"}) == Path("a.toml")
+
+
+def test_the_example_configuration_is_accepted_and_so_is_all_that_it_offers(tmp_path: Path) -> None:
+    """deploy/embedgate.toml loads as it is, and with every commented line made real."""
+    example = Path(__file__).parents[2] / "deploy" / "embedgate.toml"
+    environ = {name: f"key-{name}" for name in ("EMBEDGATE_API_KEY", "EMBEDGATE_ADMIN_KEY", "OPENAI_API_KEY")}
+    assert list(load(example, environ).tenants) == ["default"]
+    lines = example.read_text("utf-8").splitlines()
+    real = [line[2:] if line.startswith("# ") and (" = " in line or line.startswith("# [")) else line for line in lines]
+    whole = tmp_path / "whole.toml"
+    whole.write_text("\n".join(real), "utf-8")
+    assert list(load(whole, environ).deployments) == ["local", "openai-main"]
+
+
+def test_later_names_with_their_default_are_accepted(write: Any) -> None:
+    """A file written for a later version works as long as it asks for nothing that this one lacks."""
+    settings = load(
+        write(
+            '[server]\nworkers = 1\nadmin_port = 0\n[stores]\nredis_url = ""\nmax_replicas = 4\n'
+            '[cache]\nfloat16 = false\nredis_ttl_s = 604800\n[deployments.local]\ndialect = "local"\ntier = ""\n'
+            '[models.m]\ndeployments = ["local"]\non_outage = ""\norder = "listed"\nspill = "wait"\n'
+        ),
+        {},
+    )
+    assert list(settings.models) == ["m"]
+
+
+# ── the environment ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_environment_overrides_every_kind_of_scalar(write: Any) -> None:
+    """Numbers, texts, truth values and keys; names in capitals, `-` and `.` as `_`."""
+    text = SMALL.replace("main", "open-ai.main").replace("[deployments.open-ai.main]", '[deployments."open-ai.main"]')
+    text += '[tenants.t]\napi_key = "old"\n'
+    settings = load(
+        write(text),
+        {
+            "EMBEDGATE_SERVER__PORT": "9000",
+            "EMBEDGATE_SERVER__DEADLINE_S": "2.5",
+            "EMBEDGATE_DEPLOYMENTS__OPEN_AI_MAIN__MODEL": "123",
+            "EMBEDGATE_DEPLOYMENTS__OPEN_AI_MAIN__TAKES_TOKEN_IDS": "true",
+            "EMBEDGATE_DEPLOYMENTS__OPEN_AI_MAIN__JUDGED_SPANS_S": "[1, 10]",
+            "EMBEDGATE_DEPLOYMENTS__OPEN_AI_MAIN__API_KEY": "env:THE_KEY",
+            "EMBEDGATE_MODELS__BGE__DIMENSIONS": "512",
+            "EMBEDGATE_TENANTS__T__API_KEY": "12345",
+            "THE_KEY": "key-of-the-provider",
+        },
+    )
+    deployment = settings.deployments["open-ai.main"]
+    assert isinstance(deployment, OpenAIDeployment)
+    assert (settings.server.port, settings.server.deadline_s) == (9000, 2.5)
+    assert (deployment.model, deployment.takes_token_ids, deployment.judged_spans_s) == ("123", True, (1.0, 10.0))
+    assert deployment.api_key is not None
+    assert deployment.api_key.get_secret_value() == "key-of-the-provider"
+    assert settings.models["bge"].dimensions == 512
+    assert settings.tenants["t"].api_key[0].get_secret_value() == "12345"
+
+
+def test_options_win_over_the_environment_and_the_environment_over_the_file(write: Any) -> None:
+    """The nearest word counts; variables of other kinds are left alone."""
+    path = write("[server]\nport = 1\n")
+    environ = {"EMBEDGATE_SERVER__PORT": "2", "EMBEDGATE_PORT_8080_TCP": "x", "EMBEDGATE_CONFIG": "y"}
+    assert load(path, environ).server.port == 2
+    assert load(path, environ, options={"port": 3}).server.port == 3
+
+
+# ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_keys_come_from_the_environment_a_file_or_the_text_itself(write: Any, tmp_path: Path) -> None:
+    """The end of a file's last line is no part of the key."""
+    (tmp_path / "key").write_text("from-file\n", "utf-8")
+    path = write(f'[tenants.t]\napi_key = ["env:K", "file:{tmp_path}/key", "literal"]\n')
+    keys = load(path, {"K": "from-env"}).tenants["t"].api_key
+    assert [key.get_secret_value() for key in keys] == ["from-env", "from-file", "literal"]
+
+
+KEYS = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=12, max_size=40).map(lambda s: f"sk-{s}")
+
+
+@given(key=KEYS, bad=st.sampled_from(["", "port = -1", "nonsense = 1", 'host = "0.0.0.1"']))
+def test_no_key_ever_shows(tmp_path_factory: pytest.TempPathFactory, key: str, bad: str) -> None:
+    """Not in repr, description or refusals, wherever it was written."""
+    path = tmp_path_factory.getbasetemp() / "keys.toml"
+    path.write_text(
+        f'[server]\nadmin_key = "{key}a"\n{bad}\n[deployments.d]\ndialect = "openai"\napi_key = "{key}"\n'
+        f'model = "text-embedding-3-small"\n[models.m]\ndeployments = ["d"]\n[tenants.t]\napi_key = ["{key}b"]\n',
+        "utf-8",
+    )
+    environ = {"EMBEDGATE_TENANTS__T__API_KEY": f"{key} {key}" if bad else f"{key}c"}
+    try:
+        settings = load(path, environ)
+        shown = f"{settings!r}{settings}{describe(settings)}{settings.model_dump()}"
+    except ConfigurationError as error:
+        shown = f"{error}{error!r}"
+    assert key not in shown
+
+
+def test_the_description_says_everything_and_loads_again(write: Any) -> None:
+    """What `check` prints is a configuration that means the same, but for the keys."""
+    settings = load(write(SMALL + 'cuts_dimensions = true\n[tenants.t]\napi_key = "k"\nweight = 2.5\n'), {})
+    again = load(write(describe(settings)), {})
+    assert again.model_dump(exclude={"tenants", "models"}) == settings.model_dump(exclude={"tenants", "models"})
+    assert again.facts("bge") == settings.facts("bge")
+    assert again.tenants["t"].tenant("t") == settings.tenants["t"].tenant("t")
+
+
+def test_settings_cannot_be_changed(write: Any) -> None:
+    """What was validated at boot stays as it was."""
+    settings = load(write(SMALL), {})
+    with pytest.raises(ValueError, match="frozen"):
+        settings.server.port = 1
+    assert isinstance(settings, Settings)
