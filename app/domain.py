@@ -143,6 +143,7 @@ class BreakerPolicy:
     open_s: float = 1.0
     open_cap_s: float = 5.0
     probe_lease_s: float = 5.0
+    stall_least_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

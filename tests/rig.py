@@ -43,7 +43,7 @@ Twist = Callable[[Sequence[Text], Reply], Reply]
 
 
 class Words:
-    """Counts words: a token is a word. (A TokenCounter and TokenVocabulary whose figures tests can foresee.)"""
+    """A TokenCounter and TokenVocabulary whose figures tests can foresee: a token is a word."""
 
     exact = True
     size = 1000
@@ -57,7 +57,7 @@ class Words:
         return " ".join(text.split()[:max_tokens])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Id 7 is the word w7."""
+        """Say w7 for id 7."""
         return " ".join(f"w{number}" for number in ids)
 
     def first_invalid(self, ids: Sequence[int]) -> int | None:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from app.domain import EmbeddingRequest, Space, Vector
-from app.engine.dispatcher import Bell, Dispatcher, Landed, Permit, Returned, Slot
+from app.engine.dispatcher import LEAST_WAIT_S, Bell, Dispatcher, Landed, Permit, Returned, Slot
 from app.engine.workitem import Answer, Batch, WorkItem
 from app.engine.workqueue import WorkQueue
 from app.errors import EmbedgateError, InternalError
@@ -142,7 +142,7 @@ class Batcher:
         until = demand.queued_at + limits.window_s
         most_items = min(limits.max_batch_items, gate.provider.max_items)
         while gate.in_flight > 1 and not self.queue.holds(most_items, limits.max_batch_tokens):
-            if (left_s := until - self._clock()) <= 0:
+            if (left_s := until - self._clock()) < LEAST_WAIT_S:
                 return
             await self._bell.wait(left_s)
 

@@ -31,6 +31,14 @@ from app.ports import Claim, Grant, Limiter, NotYet, Provider, Reply
 from app.telemetry import Telemetry
 from app.tokens import LearnedRatio
 
+LEAST_WAIT_S = 0.0001
+
+ASK_AGAIN_S = 1.0
+"""A refused claim keeps its place only while it is asked again now and then."""
+
+LEAST_ATTEMPT_S = 1.0
+"""The shortest time that a call gets for its answer, unless the deployment's own `timeout_s` is shorter."""
+
 INTERACTIVE_MEMORY_S = 10.0
 """How long after an interactive text bulk leaves a quarter of the slots free."""
 
@@ -49,7 +57,8 @@ class Bell:
                 future.set_result(None)
 
     async def wait(self, timeout_s: float | None) -> None:
-        """Returns at the next ring, or after `timeout_s`."""
+        """Returns at the next ring, or after `timeout_s`; never at once, since a clock may be too coarse to tell."""
+        timeout_s = None if timeout_s is None else max(timeout_s, LEAST_WAIT_S)
         future = asyncio.get_running_loop().create_future()
         self._waiting.add(future)
         try:
@@ -200,9 +209,9 @@ class Dispatcher:
         while (wish := demand()) is not None:
             for gate in self._gates:
                 gate.breaker.check_stall()
-            gate = self._choose(wish)
-            if gate is not None and gate.enter(wish.priority, self._clock()):
-                return Slot(gate, wish.priority, self._bell)
+            chosen = self._choose(wish)
+            if chosen is not None and chosen.enter(wish.priority, self._clock()):
+                return Slot(chosen, wish.priority, self._bell)
             await self._bell.wait(self._next_change_s())
         return None
 
@@ -213,7 +222,7 @@ class Dispatcher:
         while (wish := demand()) is not None and gate.breaker.retry_in_s() == 0.0:
             answer = await self._limiter.reserve(self._claim(gate, wish))
             if isinstance(answer, NotYet):
-                await self._bell.wait(answer.wait_s)
+                await self._bell.wait(min(answer.wait_s, ASK_AGAIN_S))
                 continue
             if answer.start_in_s:
                 await asyncio.sleep(answer.start_in_s)
@@ -238,7 +247,7 @@ class Dispatcher:
     def _next_change_s(self) -> float | None:
         """When waiting for a bell would be too long: a probe falls due, or silence becomes a stall."""
         probes = [wait_s for gate in self._gates if (wait_s := gate.breaker.retry_in_s())]
-        stalls = [wait_s for gate in self._gates if (wait_s := gate.breaker.stall_in_s()) is not None]
+        stalls = [stall_s for gate in self._gates if (stall_s := gate.breaker.stall_in_s()) is not None]
         return min(probes + stalls, default=None)
 
     def _claim(self, gate: Gate, wish: Demand) -> Claim:
@@ -295,9 +304,13 @@ class Dispatcher:
         return reply
 
     def _timeout_s(self, gate: Gate, items: Iterable[WorkItem]) -> float:
-        """Half of what its texts have left, so that another deployment still fits."""
+        """Half of what its texts have left, so that another deployment still fits.
+
+        But a call that leaves is paid for, so it gets a fair time whatever its callers' deadlines are: nobody can make
+        a deployment look dead by asking for the impossible.
+        """
         remaining_s = statistics.median(item.deadline for item in items) - self._clock()
-        return max(0.01, min(gate.deployment.timeout_s, remaining_s / 2))
+        return min(gate.deployment.timeout_s, max(LEAST_ATTEMPT_S, remaining_s / 2))
 
     # ── after a failure ─────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -12,6 +12,9 @@ from app.ports import TokenCounter, TokenVocabulary
 _INLINE_IDS = 20_000
 """Decoding more token ids than this is done in a thread."""
 
+_BYTES_PER_ID = 8
+"""What an id takes in a JSON body."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -51,16 +54,10 @@ class Intake:
             raise InvalidRequest("This model does not support 'truncate'.", param="truncate", code="invalid_value")
         return Plan(request, route, self._space(route, request), self._width(route, request.dimensions))
 
-    def check_total(self, plan: Plan, total_tokens: int, *, at_least: bool = False) -> None:
-        """Refuses a request whose texts sum to too many tokens."""
-        most = plan.route.max_request_tokens
-        if total_tokens > most:
-            about = "at least " if at_least else ""
-            raise InvalidRequest(
-                f"Requested {about}{total_tokens} tokens, max {most} tokens per request",
-                code="max_tokens_per_request",
-                kind="max_tokens_per_request",
-            )
+    def check_total(self, plan: Plan, total_tokens: int) -> None:
+        """Refuses a request whose texts sum to too many tokens; an estimate refuses nothing."""
+        if total_tokens > plan.route.max_request_tokens and self._counters[plan.route.model].exact:
+            raise _too_many(plan.route, total_tokens)
 
     async def texts(self, plan: Plan) -> Sequence[Text]:
         """The texts as the route takes them: token ids are decoded unless every deployment understands them."""
@@ -77,36 +74,33 @@ class Intake:
 
         `known_tokens` are those of the request's other texts, which count towards its total.
         """
-        prompt, counter = plan.space.prompt, self._counters[plan.route.model]
-        most = plan.space.max_input_tokens
-        counts = await tokens.count_many(
-            counter, [prompt + text for text in texts if isinstance(text, str)],
-            most_each=most, most_total=plan.route.max_request_tokens,
-        )  # fmt: skip
-        counted = iter(counts.tokens)
-        sized = []
-        for text in texts:
-            payload, count = text, next(counted) if isinstance(text, str) else len(text)
-            if count > most and counter.exact:
-                payload, count = self._shortened(plan, text, count, at_least=counts.at_least), most
-            size_bytes = len(payload.encode()) if isinstance(payload, str) else 8 * len(payload)
-            sized.append(Sized(payload, count, size_bytes))
-        self.check_total(plan, known_tokens + sum(item.tokens for item in sized), at_least=counts.at_least)
-        return sized, counts.took_long
+        ids = [text for text in texts if not isinstance(text, str)]
+        if ids:
+            return self._measure_ids(plan, ids, known_tokens), False
+        counter, prompt, most = self._counters[plan.route.model], plan.space.prompt, plan.space.max_input_tokens
+        said = [prompt + text for text in texts if isinstance(text, str)]
+        took_long = sum(map(len, said)) > tokens.INLINE_CHARS
+        if plan.request.truncation == "end":
+            said = await tokens.cut_many(counter, said, most)
+        most_total = plan.route.max_request_tokens - known_tokens
+        counts = await tokens.count_many(counter, said, most_each=most, most_total=most_total)
+        if isinstance(counts, tokens.TooManyTokens):
+            if counts.position is not None:
+                raise _too_long(most, str(counts))
+            raise _too_many(plan.route, counts.tokens + known_tokens, exact=counts.exact)
+        sized = [
+            Sized(text[len(prompt) :], count, len(text.encode())) for text, count in zip(said, counts, strict=True)
+        ]
+        return sized, took_long
 
-    def _shortened(self, plan: Plan, text: Text, count: int, *, at_least: bool) -> Text:
-        """The head of `text` that fits, if the caller wants it cut; else the refusal with both lengths."""
+    def _measure_ids(self, plan: Plan, texts: Sequence[tuple[int, ...]], known_tokens: int) -> list[Sized]:
         most = plan.space.max_input_tokens
         if plan.request.truncation == "end":
-            if not isinstance(text, str):
-                return text[:most]
-            prompt = plan.space.prompt
-            return self._counters[plan.route.model].cut(prompt + text, most)[len(prompt) :]
-        about = "at least " if at_least else ""
-        raise InvalidRequest(
-            f"This model's maximum context length is {most} tokens, however you requested {about}{count} tokens "
-            f"({about}{count} in your prompt; 0 for the completion). Please reduce your prompt; or completion length."
-        )
+            texts = [ids[:most] for ids in texts]
+        if (longest := max(map(len, texts))) > most:
+            raise _too_long(most, str(longest))
+        self.check_total(plan, known_tokens + sum(map(len, texts)))
+        return [Sized(ids, len(ids), _BYTES_PER_ID * len(ids)) for ids in texts]
 
     def _decode(self, texts: Sequence[Text]) -> list[Text]:
         return [text if isinstance(text, str) else self._vocabulary.decode(text) for text in texts]
@@ -132,3 +126,17 @@ class Intake:
         raise InvalidRequest(
             f"Invalid value for 'dimensions' = {dimensions}. Must be {bound}.", param="dimensions", code=code
         )
+
+
+def _too_many(route: Route, number: int, *, exact: bool = True) -> InvalidRequest:
+    said, code = f"{'' if exact else 'at least '}{number}", "max_tokens_per_request"
+    message = f"Requested {said} tokens, max {route.max_request_tokens} tokens per request"
+    return InvalidRequest(message, code=code, kind=code)
+
+
+def _too_long(most: int, number: str) -> InvalidRequest:
+    """The older of OpenAI's two wordings: clients parse it (`bad-inputs.md` E20)."""
+    return InvalidRequest(
+        f"This model's maximum context length is {most} tokens, however you requested {number} tokens "
+        f"({number} in your prompt; 0 for the completion). Please reduce your prompt; or completion length."
+    )

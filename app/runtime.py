@@ -1,0 +1,211 @@
+"""The composition root: the one place where settings become nouns and ports meet their implementations."""
+
+import asyncio
+import random
+import secrets
+import sys
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, Self, assert_never
+
+from app.domain import Deployment, Route, Space, Tenant
+from app.engine.breaker import CircuitBreaker
+from app.engine.dispatcher import Bell, Gate
+from app.engine.gateway import EngineParts, Gateway
+from app.engine.intake import Intake
+from app.engine.workqueue import QueueBound
+from app.errors import ConfigurationError
+from app.ports import Provider, TokenCounter
+from app.providers.local import LocalModel, LocalModelFacts, default_model, read_model
+from app.providers.openai import OpenAIProvider
+from app.settings import CATALOG, LocalDeployment, OpenAIDeployment, Settings
+from app.storage.cache import MemoryCache
+from app.storage.limiter import InProcessLimiter
+from app.telemetry import Telemetry
+from app.tokens import Cl100k, Estimate, HuggingFaceCounter, LearnedRatio
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """One model name with all that serves it."""
+
+    route: Route
+    counter: TokenCounter
+
+
+class Runtime:
+    """Everything that serves, built from `settings`; an async context manager that closes it in reverse.
+
+    `tenants` is by API key; empty when no key is configured. `draining` is set when no more requests should come.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.tenants: Mapping[str, Tenant] = {
+            key.get_secret_value(): tenant.tenant(name)
+            for name, tenant in settings.tenants.items()
+            for key in tenant.api_key
+        }
+        self.vocabulary = Cl100k()
+        self.draining = False
+        self.telemetry: Telemetry
+        self.gateway: Gateway
+        self._rng = random.Random()  # noqa: S311 — jitter
+        self._stack = AsyncExitStack()
+        self._models: dict[str, LocalModelFacts] = {}
+
+    async def __aenter__(self) -> Self:
+        self._clock = asyncio.get_running_loop().time
+        async with AsyncExitStack() as stack:
+            self.telemetry = self._telemetry(stack)
+            await asyncio.to_thread(self._read_models)
+            served = {name: self._served(name) for name in self.settings.models}
+            gates = self._gates(served)
+            for gate in gates.values():
+                stack.push_async_callback(gate.provider.aclose)
+            self.gateway = await stack.enter_async_context(self._engine(served, gates))
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._stack.aclose()
+
+    def why_not_ready(self) -> list[str]:
+        """Reasons why this process should get no requests now; empty when it should."""
+        return [*(["draining"] if self.draining else []), *self.gateway.why_not_ready()]
+
+    # ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _telemetry(self, stack: AsyncExitStack) -> Telemetry:
+        server = self.settings.server
+        stream: BinaryIO = sys.stderr.buffer
+        if server.log_file:
+            try:
+                stream = stack.enter_context(Path(server.log_file).expanduser().open("ab"))
+            except OSError as error:
+                raise ConfigurationError(f"server.log_file cannot be written: {error.strerror}") from error
+        tenants = [*self.settings.tenants, *([] if self.tenants else ["anonymous"])]
+        telemetry = Telemetry(tenants=tenants, models=self.settings.models, stream=stream, log_sample=server.log_sample)
+        stack.callback(telemetry.close)
+        return telemetry
+
+    def _read_models(self) -> None:
+        """Opens the files of every local deployment: their facts make its Space."""
+        for name, settings in self.settings.deployments.items():
+            if isinstance(settings, LocalDeployment):
+                path = settings.path
+                self._models[name] = (
+                    read_model(Path(path).expanduser(), settings.pooling or None) if path else default_model()
+                )
+
+    def _served(self, name: str) -> _Served:
+        """The Route and the token counter of the model `name`."""
+        model, facts = self.settings.models[name], self.settings.facts(name)
+        deployments = tuple(self._deployment(each, facts.unit_norm) for each in model.deployments)
+        local = self._models.get(model.deployments[0])
+        if local is not None:
+            self._check_one_space(name, [self._models[each] for each in model.deployments])
+            route = Route(name, local.space(name), deployments, prompts=local.prompts)
+            return _Served(route, HuggingFaceCounter(local.tokenizer))
+        if facts.dimensions is None:
+            raise ConfigurationError(f"models.{name}.dimensions: say how wide its vectors are")
+        space = Space(
+            facts.upstream,
+            facts.dimensions,
+            normalised=facts.unit_norm,
+            max_input_tokens=facts.max_input_tokens or 8192,
+        )
+        route = Route(
+            name, space, deployments,
+            cuts_dimensions=facts.cuts_dimensions, created=facts.created, owned_by=facts.owned_by,
+        )  # fmt: skip
+        return _Served(route, self.vocabulary if facts.tokenizer == "cl100k_base" else Estimate())
+
+    def _check_one_space(self, name: str, models: list[LocalModelFacts]) -> None:
+        if len({model.space(name) for model in models}) > 1:
+            raise ConfigurationError(f"models.{name}.deployments: these directories hold different models")
+
+    def _deployment(self, name: str, unit_norm: bool) -> Deployment:
+        settings = self.settings.deployments[name]
+        deployment = Deployment(
+            name,
+            settings.model,
+            limits=settings.limits(),
+            attempts=settings.retry(),
+            breaker=settings.breaker(),
+            timeout_s=settings.timeout_s,
+        )
+        match settings:
+            case OpenAIDeployment():
+                return replace(deployment, unit_norm=unit_norm, takes_token_ids=settings.takes_token_ids)
+            case LocalDeployment():
+                return replace(deployment, unit_norm=self._models[name].normalised)
+            case _:
+                assert_never(settings)
+
+    def _gates(self, served: Mapping[str, _Served]) -> dict[str, Gate]:
+        """A Gate per deployment that some model uses, shared by all models that do."""
+        gates: dict[str, Gate] = {}
+        widths: dict[str, int] = {}
+        for name, model in served.items():
+            width = model.route.space.dimensions
+            for deployment in model.route.deployments:
+                if widths.setdefault(deployment.name, width) != width:
+                    raise ConfigurationError(
+                        f"models.{name}.dimensions: its deployment {deployment.name} already serves vectors of "
+                        f"{widths[deployment.name]} dimensions; give each width a deployment of its own"
+                    )
+                if deployment.name not in gates:
+                    gates[deployment.name] = self._gate(deployment, model)
+        return gates
+
+    def _gate(self, deployment: Deployment, model: _Served) -> Gate:
+        name, telemetry = deployment.name, self.telemetry
+        breaker = CircuitBreaker(
+            deployment.breaker,
+            clock=self._clock,
+            rng=self._rng,
+            on_change=lambda state, reason: telemetry.breaker_changed(deployment=name, state=state, reason=reason),
+        )
+        ratio = None if model.counter.exact else LearnedRatio()
+        return Gate(deployment, self._provider(name, model.route), breaker, ratio)
+
+    def _provider(self, name: str, route: Route) -> Provider:
+        settings = self.settings.deployments[name]
+        match settings:
+            case OpenAIDeployment():
+                known = CATALOG.get(settings.model)
+                width = route.space.dimensions
+                return OpenAIProvider(
+                    settings.base_url,
+                    settings.api_key.get_secret_value() if settings.api_key else None,
+                    settings.model,
+                    dimensions=width if known is not None and width < known.dimensions else None,
+                    max_in_flight=settings.max_in_flight,
+                    any_model_name=not settings.is_openai,
+                )
+            case LocalDeployment():
+                return LocalModel(self._models[name])
+            case _:
+                assert_never(settings)
+
+    def _engine(self, served: Mapping[str, _Served], gates: Mapping[str, Gate]) -> Gateway:
+        settings = self.settings
+        limits = {name: gate.deployment.limits for name, gate in gates.items()}
+        parts = EngineParts(
+            cache=MemoryCache(settings.cache.memory_bytes),
+            limiter=InProcessLimiter(limits, clock=self._clock),
+            gates=gates,
+            telemetry=self.telemetry,
+            secret=secrets.token_bytes(32),
+            bulk_share=settings.queue.bulk_share,
+        )
+        intake = Intake(
+            {name: model.route for name, model in served.items()},
+            {name: model.counter for name, model in served.items()},
+            self.vocabulary,
+        )
+        bound = QueueBound(settings.queue.max_items, settings.queue.max_tokens)
+        return Gateway(intake, parts, bound, Bell(), clock=self._clock, rng=self._rng)
