@@ -83,7 +83,7 @@ def serve(
     settings = load(find(config, os.environ), os.environ, options=named)
     from app.api import server  # only now, so that --help and refusals come fast
 
-    _run(lambda: server.serve(settings, lambda url: _announce(settings, url)))
+    _run(lambda: server.serve(settings, lambda base_url: _announce(settings, base_url)))
 
 
 @command.command()
@@ -146,14 +146,14 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return uvloop.new_event_loop
 
 
-def _announce(settings: Settings, url: str) -> None:
+def _announce(settings: Settings, base_url: str) -> None:
     served = ", ".join(f"{name} ({' > '.join(model.deployments)})" for name, model in settings.models.items())
     key = ' -H "authorization: Bearer $API_KEY"' if settings.tenants else ""
     body = json.dumps({"model": next(iter(settings.models)), "input": "hello"})
     print(
         f"embedgate {__version__} serves {served}",
-        f"base URL  {url}/v1",
-        f"try       curl {url}/v1/embeddings{key} -H 'content-type: application/json' -d '{body}'",
+        f"base URL  {base_url}",
+        f"try       curl {base_url}/embeddings{key} -H 'content-type: application/json' -d '{body}'",
         sep="\n",
         flush=True,
     )

@@ -39,9 +39,12 @@ ANONYMOUS = Tenant("anonymous")
 """Who calls when no key is configured (loopback only)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class EmbeddingRequest:
-    """What one tenant wants: one vector per text, in order, before `deadline` (the event loop's clock, seconds)."""
+    """What one tenant wants: one vector per text, in order, before `deadline` (seconds of the monotonic clock).
+
+    Compared by identity: two callers may want the same.
+    """
 
     tenant: Tenant
     model: str

@@ -61,6 +61,7 @@ class Runtime:
         async with AsyncExitStack() as stack:
             self.telemetry = self._telemetry(stack)
             await asyncio.to_thread(self._read_models)
+            await asyncio.to_thread(self.vocabulary.load)
             served = {name: self._served(name) for name in self.settings.models}
             gates = self._gates(served)
             for gate in gates.values():

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 import orjson
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -129,6 +129,7 @@ class Telemetry:
         stream: BinaryIO | None = None,
         log_sample: float = 1.0,
     ) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asks for
         self.registry = CollectorRegistry()
         self._tenants = frozenset(tenants)
         self._models = frozenset(models)

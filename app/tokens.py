@@ -148,7 +148,8 @@ class HuggingFaceCounter:
         except Exception as error:  # the library raises bare Exception
             raise ConfigurationError(f"{tokenizer_json} is not a tokenizer that can be read.") from error
         padding = self._tokenizer.padding
-        self.pad_id: int = padding["pad_id"] if padding else self._tokenizer.token_to_id("[PAD]") or 0
+        known = (self._tokenizer.token_to_id(name) for name in ("[PAD]", "<pad>"))
+        self.pad_id: int = padding["pad_id"] if padding else next((id_ for id_ in known if id_ is not None), 0)
         """The id that fills up the shorter texts of a batch."""
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -276,8 +277,8 @@ async def count_many(
     """The tokens of each text, in order, or the first reason to refuse them.
 
     Never blocks the loop. A refusal is cheap: its number is exact while all texts together are at most 1 MiB and the
-    long one at most 512 bytes per allowed token and not one endless word; else a lower bound. An estimate refuses
-    nothing.
+    long one is neither more than 512 bytes per allowed token nor one endless word; else a lower bound. An estimate
+    refuses nothing.
     """
     return await _off_loop(texts, lambda: _count_all(counter, texts, most_each, most_total))
 

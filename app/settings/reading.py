@@ -18,6 +18,9 @@ from app.settings.wording import NOT_YET, guess, in_words
 FILE_NAME = "embedgate.toml"
 FILE_VARIABLE = "EMBEDGATE_CONFIG"
 
+_PATIENCE_S = 600.0
+"""The deadline of the embedded default: what official clients wait, since a local model takes minutes for a book."""
+
 _Tables: TypeAlias = dict[str, Any]
 _Problem: TypeAlias = tuple[KeyPath, str]
 
@@ -41,6 +44,8 @@ def load(path: Path | None, environ: Mapping[str, str], *, options: Mapping[str,
     if not tables.get("deployments") and not tables.get("models"):
         tables["deployments"] = {"local": {"dialect": "local"}}
         tables["models"] = {BUILT_IN_MODEL: {"deployments": ["local"]}}
+        if isinstance(server := tables.setdefault("server", {}), dict):
+            server.setdefault("deadline_s", _PATIENCE_S)
     messages = [(0, message) for message in _override(tables, places, environ)]
     for name, value in (options or {}).items():
         _put(tables, places, ("server", name), value, f"--{name}")
