@@ -1,0 +1,56 @@
+"""Hides which of two answers a request: the hot route, bare, or the framework, which serves everything else."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api import embeddings, ops
+from app.api.auth import Keys
+from app.api.errors import reply_to
+from app.api.exchange import refuse, request_id
+from app.runtime import Runtime
+
+_CLOSE = (b"connection", b"close")
+
+
+def create_app(runtime: Runtime) -> ASGIApp:
+    """The whole HTTP face of `runtime` as an ASGI application. Called inside the event loop that will serve it."""
+    keys = Keys(runtime.tenants)
+    hot = embeddings.EmbeddingsRoute(runtime, keys)
+    rest = _stamped(ops.framework(runtime, keys), runtime)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        answer = hot if scope["type"] == "http" and scope["path"] == embeddings.PATH else rest
+        await answer(scope, receive, send)
+
+    return app
+
+
+def _stamped(framework: FastAPI, runtime: Runtime) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    """The framework, with our headers on its answers, and our envelope for its crashes."""
+    clock = asyncio.get_running_loop().time
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        started_s, answering = clock(), False
+        id_ = request_id(next((value for name, value in scope["headers"] if name == b"x-request-id"), None))
+
+        async def stamp(message: Message) -> None:
+            nonlocal answering
+            if message["type"] == "http.response.start":
+                answering = True
+                elapsed_ms = b"%d" % ((clock() - started_s) * 1000)
+                message["headers"] += [(b"x-request-id", id_), (b"openai-processing-ms", elapsed_ms)]
+                message["headers"] += [_CLOSE] if runtime.draining else []
+            await send(message)
+
+        try:
+            await framework(scope, receive, stamp)
+        except Exception as error:
+            runtime.telemetry.loop_crashed(loop="request", error=error)
+            if answering:
+                raise
+            await refuse(scope, receive, stamp, reply_to(error), body_read=True)
+
+    return app

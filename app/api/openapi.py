@@ -1,0 +1,248 @@
+"""Hides the words in which /openapi.json describes the API, the hot route in full: it is no route of the framework."""
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from app.api import wire
+from app.api.exchange import MOST_BODY_BYTES
+
+_Schema = dict[str, Any]
+
+# ── schemas ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_TOKEN_IDS: _Schema = {
+    "type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1,
+    "description": "Token ids in the vocabulary of the model (cl100k_base).",
+}  # fmt: skip
+
+_INPUT: _Schema = {
+    "description": "One text or many; a lone empty string is a text, inside a list it is refused.",
+    "oneOf": [
+        {"type": "string", "title": "One text"},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": 2048,
+         "title": "Texts"},
+        {**_TOKEN_IDS, "title": "One text as token ids"},
+        {"type": "array", "items": _TOKEN_IDS, "minItems": 1, "maxItems": 2048, "title": "Texts as token ids"},
+    ],
+}  # fmt: skip
+
+
+def _optional(schema: _Schema, description: str) -> _Schema:
+    return {"anyOf": [schema, {"type": "null"}], "description": description}
+
+
+def _choice(field: str, description: str) -> _Schema:
+    return _optional({"type": "string", "enum": list(wire.CHOICES[field])}, description)
+
+
+_REQUEST: _Schema = {
+    "type": "object",
+    "required": ["input", "model"],
+    "additionalProperties": False,
+    "properties": {
+        "input": _INPUT,
+        "model": {"type": "string", "description": "A name that GET /v1/models lists."},
+        "encoding_format": _choice("encoding_format", "How vectors are written; `float` unless named. `base64` is "
+                                   "float32, little-endian, in standard padded base64."),
+        "dimensions": _optional({"type": "integer", "minimum": 1}, "A smaller width, for models that have it."),
+        "user": _optional({"type": "string", "maxLength": 256}, "Your end user; kept nowhere."),
+        "service_tier": _choice("service_tier", "`priority` goes first, `flex` is bulk; `auto` and `default` mean the "
+                                "priority of your key."),
+        "input_type": _choice("input_type", "For models that put a prompt in front of queries or documents."),
+        "truncate": _choice("truncate", "`end` cuts a text that is too long; `none` (unless named) refuses it."),
+    },
+}  # fmt: skip
+
+_EMBEDDING: _Schema = {
+    "type": "object",
+    "required": ["object", "index", "embedding"],
+    "properties": {
+        "object": {"const": "embedding"},
+        "index": {"type": "integer", "description": "The place of its text in `input`; `data` is in that order."},
+        "embedding": {
+            "oneOf": [
+                {"type": "array", "items": {"type": "number"}},
+                {"type": "string", "contentEncoding": "base64"},
+            ]
+        },
+    },
+}
+
+_RESPONSE: _Schema = {
+    "type": "object",
+    "required": ["object", "data", "model", "usage"],
+    "properties": {
+        "object": {"const": "list"},
+        "data": {"type": "array", "items": {"$ref": "#/components/schemas/Embedding"}},
+        "model": {"type": "string", "description": "The model as you named it."},
+        "usage": {
+            "type": "object",
+            "required": ["prompt_tokens", "total_tokens"],
+            "properties": {"prompt_tokens": {"type": "integer"}, "total_tokens": {"type": "integer"}},
+        },
+    },
+}
+
+_MODEL: _Schema = {
+    "type": "object",
+    "required": ["id", "object", "created", "owned_by"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "model"},
+        "created": {"type": "integer", "description": "Unix time, seconds."},
+        "owned_by": {"type": "string"},
+    },
+}
+
+_MODEL_LIST: _Schema = {
+    "type": "object",
+    "required": ["object", "data"],
+    "properties": {
+        "object": {"const": "list"},
+        "data": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}},
+    },
+}
+
+_ERROR: _Schema = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"], "description": "The path of the first bad field: `input[1]`."},
+                "code": {"type": ["string", "null"], "description": "A stable word to key on."},
+            },
+        }
+    },
+}
+
+_STATUS: _Schema = {"type": "object", "required": ["status"], "properties": {"status": {"type": "string"}}}
+
+# ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _header(description: str, kind: str = "string") -> _Schema:
+    return {"description": description, "schema": {"type": kind}}
+
+
+_ALWAYS = {
+    "x-request-id": _header("Yours if it was well-formed (1 to 64 of `A-Za-z0-9_.-`), else a new one."),
+    "openai-processing-ms": _header("From the last byte in to the first byte out, in milliseconds.", "integer"),
+}
+_WAIT = {
+    "retry-after": _header("Seconds to wait before another try, 60 at most.", "integer"),
+    "retry-after-ms": _header("The same in milliseconds, more exactly.", "integer"),
+}
+_TOLD = {
+    "x-embedgate-cache": _header("How many texts came from the cache: `hit=3,miss=1`."),
+    "x-embedgate-space": _header("Vectors of one space may be compared."),
+    "x-embedgate-deployment": _header("Who answered, in order of first use; absent if all came from the cache."),
+    "x-embedgate-queue-ms": _header("The longest wait of a text before its call left; as above.", "integer"),
+    "x-embedgate-batch-items": _header("The size of the largest batch that carried a text; as above.", "integer"),
+}
+
+
+def _json(description: str, schema: str, *more: dict[str, _Schema]) -> _Schema:
+    headers = {name: header for group in (_ALWAYS, *more) for name, header in group.items()}
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"description": description, "headers": headers, "content": content}
+
+
+def _error(description: str, *more: dict[str, _Schema]) -> _Schema:
+    return _json(description, "Error", *more)
+
+
+_NO_KEY = _error("No API key, or a wrong one.", {"www-authenticate": _header("`Bearer`")})
+_UNAVAILABLE = _error("Overloaded, without a provider, or shutting down: try again later.", _WAIT)
+
+_CREATE: _Schema = {
+    "operationId": "createEmbedding",
+    "summary": "Embed texts",
+    "description": "One vector per text, in order: OpenAI's route, for any OpenAI client.",
+    "security": [{"ApiKey": []}, {}],
+    "parameters": [
+        {"name": "x-request-id", "in": "header", "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
+         "description": "A name for this request; one that is not well-formed is replaced."},
+        {"name": "x-embedgate-priority", "in": "header",
+         "schema": {"type": "string", "enum": ["interactive", "default", "bulk"]},
+         "description": "Goes before `service_tier` and the priority of your key."},
+        {"name": "x-embedgate-deadline-ms", "in": "header",
+         "schema": {"type": "integer", "minimum": 1, "maximum": 3_600_000},
+         "description": "How long an answer is of use; later it is a 504."},
+    ],
+    "requestBody": {
+        "required": True,
+        "description": f"At most {MOST_BODY_BYTES} bytes, not compressed.",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/EmbeddingRequest"}}},
+    },
+    "responses": {
+        "200": _json("The vectors.", "EmbeddingResponse", _TOLD),
+        "400": _error("The request cannot be served as it stands; `param` says where."),
+        "401": _NO_KEY,
+        "404": _error("The model does not exist or this key may not use it."),
+        "405": _error("Another method than POST.", {"allow": _header("`POST`")}),
+        "408": _error("The body came too slowly."),
+        "413": _error("The body is too large; the connection is closed."),
+        "415": _error("Not JSON, or compressed."),
+        "500": _error("A bug of ours."),
+        "502": _error("All attempts failed at the provider."),
+        "503": _UNAVAILABLE,
+        "504": _error("The deadline passed."),
+    },
+}  # fmt: skip
+
+_KEYED: list[_Schema] = [{"ApiKey": []}, {}]
+
+MODELS: _Schema = {
+    "operation_id": "listModels",
+    "responses": {200: _json("The models.", "ModelList"), 401: _NO_KEY},
+    "openapi_extra": {"security": _KEYED},
+}
+MODEL: _Schema = {
+    "operation_id": "retrieveModel",
+    "responses": {200: _json("The model.", "Model"), 401: _NO_KEY, 404: _error("There is no such model for you.")},
+    "openapi_extra": {"security": _KEYED},
+}
+HEALTH: _Schema = {"operation_id": "health", "responses": {200: _json("It lives.", "Status")}}
+READINESS: _Schema = {
+    "operation_id": "readiness",
+    "responses": {200: _json("It serves.", "Status"), 503: _error("It should get no requests now.", _WAIT)},
+}
+METRICS: _Schema = {
+    "operation_id": "metrics",
+    "responses": {
+        200: {"description": "Prometheus' text format.", "headers": _ALWAYS, "content": {"text/plain": {}}},
+        401: _NO_KEY,
+    },
+    "openapi_extra": {"security": [{"AdminKey": []}, {}]},
+}
+
+
+def complete(api: FastAPI) -> None:
+    """Makes `api` describe the embeddings route, the errors and the keys too; every document it gives has them."""
+    described = api.openapi
+
+    def document() -> _Schema:
+        found = described()
+        found["paths"]["/v1/embeddings"] = {"post": _CREATE}
+        for methods in found["paths"].values():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)  # the framework's; nothing here answers so
+        found["components"] = {
+            "schemas": {
+                "EmbeddingRequest": _REQUEST, "EmbeddingResponse": _RESPONSE, "Embedding": _EMBEDDING,
+                "Model": _MODEL, "ModelList": _MODEL_LIST, "Status": _STATUS, "Error": _ERROR,
+            },
+            "securitySchemes": {
+                "ApiKey": {"type": "http", "scheme": "bearer", "description": "Needed if any key is configured."},
+                "AdminKey": {"type": "http", "scheme": "bearer", "description": "Needed unless on loopback."},
+            },
+        }  # fmt: skip
+        return found
+
+    api.openapi = document  # type: ignore[method-assign]

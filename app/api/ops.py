@@ -1,0 +1,97 @@
+"""Hides the routes beside the hot one: the models there are, whether this process lives and can serve, its metrics."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from app import __version__
+from app.api import openapi
+from app.api.auth import Keys, authorizations
+from app.api.errors import HttpRefusal, NotReady, method_not_allowed, reply_to, unknown_url
+from app.domain import ANONYMOUS, Route, Tenant
+from app.errors import EmbedgateError, UnknownModel
+from app.runtime import Runtime
+
+
+def framework(runtime: Runtime, keys: Keys) -> FastAPI:
+    """A FastAPI application with every route but the hot one; its errors have our envelope."""
+    api = FastAPI(title="embedgate", version=__version__, redoc_url=None, redirect_slashes=False)
+    api.add_exception_handler(HTTPException, _as_refusal)
+    api.add_exception_handler(EmbedgateError, _as_reply)
+    _add_models(api, runtime, keys)
+    _add_probes(api, runtime)
+    _add_metrics(api, runtime)
+    openapi.complete(api)
+    return api
+
+
+def _add_models(api: FastAPI, runtime: Runtime, keys: Keys) -> None:
+    def tenant(request: Request) -> Tenant:
+        return keys.tenant(authorizations(request.scope["headers"]))
+
+    @api.get("/v1/models", **openapi.MODELS)
+    async def list_models(request: Request) -> dict[str, Any]:
+        """The models that this key may use."""
+        caller = tenant(request)
+        routes = runtime.gateway.routes.values()
+        return {"object": "list", "data": [_model(route) for route in routes if caller.may_use(route.model)]}
+
+    @api.get("/v1/models/{model:path}", **openapi.MODEL)
+    async def retrieve_model(request: Request, model: str) -> dict[str, Any]:
+        """One model; what this key may not use is answered like what does not exist."""
+        route = runtime.gateway.routes.get(model)
+        if not tenant(request).may_use(model) or route is None:
+            raise UnknownModel(model)
+        return _model(route)
+
+
+def _model(route: Route) -> dict[str, Any]:
+    return {"id": route.model, "object": "model", "created": route.created, "owned_by": route.owned_by}
+
+
+def _add_probes(api: FastAPI, runtime: Runtime) -> None:
+    @api.get("/healthz", **openapi.HEALTH)
+    async def alive() -> dict[str, str]:
+        """This process lives: its event loop turns."""
+        return {"status": "ok"}
+
+    @api.get("/readyz", **openapi.READINESS)
+    async def ready() -> dict[str, str]:
+        """This process should get requests; if not, the error says why."""
+        if reasons := runtime.why_not_ready():
+            raise NotReady(reasons)
+        return {"status": "ready"}
+
+
+def _add_metrics(api: FastAPI, runtime: Runtime) -> None:
+    server = runtime.settings.server
+    admin = Keys({server.admin_key.get_secret_value(): ANONYMOUS} if server.admin_key else {})
+
+    @api.get("/metrics", **openapi.METRICS)
+    async def metrics(request: Request) -> Response:
+        """Prometheus metrics: free on loopback, elsewhere for the admin key."""
+        if not server.loopback:
+            if server.admin_key is None:
+                raise unknown_url("GET", "/metrics")
+            admin.tenant(authorizations(request.scope["headers"]))
+        return Response(generate_latest(runtime.telemetry.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _as_refusal(request: Request, error: Exception) -> Response:
+    """The framework's own errors, in our words."""
+    assert isinstance(error, HTTPException)  # noqa: S101 — narrows what it was registered for
+    method, path = request.scope["method"], request.scope["path"]
+    if error.status_code == 405:
+        return await _as_reply(request, method_not_allowed(method, path, (error.headers or {}).get("Allow", "GET")))
+    if error.status_code == 404:
+        return await _as_reply(request, unknown_url(method, path))
+    return await _as_reply(request, HttpRefusal(error.status_code, "The request cannot be served."))
+
+
+async def _as_reply(_: Request, error: Exception) -> Response:
+    reply = reply_to(error)
+    response = Response(reply.body, reply.status)
+    response.raw_headers[:] = reply.headers
+    return response

@@ -1,0 +1,268 @@
+"""Hides the wire words of POST /v1/embeddings: what a body may say, what it gets for it, how vectors are written."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+import orjson
+
+from app import vectors
+from app.api import bulky
+from app.api.errors import Header, printable
+from app.domain import EmbeddingRequest, EmbeddingResult, InputType, Priority, Tenant, Text, Truncation
+from app.errors import InvalidRequest
+from app.tokens import Cl100k
+
+_PIECE_BYTES = 524_288
+"""How much of an answer, as float32 bytes, is written in one go: a few milliseconds as JSON numbers."""
+
+_LONGEST_USER = 256
+_MOST_DEADLINE_MS = 3_600_000
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "encoding_format": ("float", "base64"),
+    "service_tier": ("auto", "default", "flex", "priority"),
+    "input_type": ("query", "document"),
+    "truncate": ("none", "end"),
+}
+_TIERS = {"priority": Priority.INTERACTIVE, "flex": Priority.BULK}
+_PRIORITIES = {priority.name.lower().encode(): priority for priority in Priority}
+_DEADLINE = re.compile(rb"[0-9]{1,7}").fullmatch
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]").search
+
+
+class Asked(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """A body, field by field; `input` is still as it came."""
+
+    model: str
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    input_type: InputType | None = None
+    truncate: Truncation | None = None
+
+    @property
+    def base64(self) -> bool:
+        """Whether the answer's vectors are base64; no format given means numbers."""
+        return self.encoding_format == "base64"
+
+
+_FAST = msgspec.json.Decoder(Asked)
+
+
+# ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read(body: bytes, vocabulary: Cl100k) -> tuple[Asked, tuple[Text, ...]]:
+    """What `body` asks for, and its texts. Raises InvalidRequest for the first thing that is wrong with it."""
+    if len(body) > bulky.BYTES:
+        bulky.refuse_too_many(body)
+    try:
+        asked = _FAST.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        asked = _read_carefully(body)
+    if asked.dimensions is not None and not -(2**63) <= asked.dimensions < 2**63:
+        raise _wrong_type("dimensions", "an integer", 0.5)
+    if asked.user is not None:
+        _check_user(asked.user)
+    return asked, _texts(asked.input, vocabulary)
+
+
+def request(
+    asked: Asked, texts: tuple[Text, ...], tenant: Tenant, headers: Mapping[bytes, bytes], *, now_s: float,
+    deadline_s: float,
+) -> EmbeddingRequest:  # fmt: skip
+    """The request in the engine's nouns; `deadline_s` holds if the headers name none. Raises InvalidRequest."""
+    wait_ms = headers.get(b"x-embedgate-deadline-ms")
+    wanted = headers.get(b"x-embedgate-priority")
+    return EmbeddingRequest(
+        tenant=tenant,
+        model=asked.model,
+        texts=texts,
+        deadline=now_s + (deadline_s if wait_ms is None else _deadline_s(wait_ms)),
+        priority=_TIERS.get(asked.service_tier or "", tenant.priority) if wanted is None else _priority(wanted),
+        dimensions=asked.dimensions,
+        input_type=asked.input_type,
+        truncation=asked.truncate or "none",
+    )
+
+
+def _deadline_s(value: bytes) -> float:
+    if not _DEADLINE(value) or not 1 <= int(value) <= _MOST_DEADLINE_MS:
+        raise InvalidRequest(
+            f"Invalid value for 'x-embedgate-deadline-ms'. Must be an integer from 1 to {_MOST_DEADLINE_MS}.",
+            param="x-embedgate-deadline-ms",
+            code="invalid_value",
+        )
+    return int(value) / 1000
+
+
+def _priority(value: bytes) -> Priority:
+    if value not in _PRIORITIES:
+        raise _wrong_value("x-embedgate-priority", value.decode("latin-1"), tuple(map(bytes.decode, _PRIORITIES)))
+    return _PRIORITIES[value]
+
+
+# ── what is wrong with it ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _read_carefully(body: bytes) -> Asked:
+    """The same as the fast decoder, slower, but with the exact error."""
+    fields = bulky.fields(body)
+    for name in fields:
+        if name not in Asked.__struct_fields__:
+            shown = printable(name)
+            raise InvalidRequest(f"Unknown parameter: '{shown}'.", param=shown, code="unknown_parameter")
+    if "model" not in fields:
+        raise InvalidRequest("you must provide a model parameter")
+    if "input" not in fields:
+        raise InvalidRequest("Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
+    if not isinstance(fields["model"], str):
+        raise _wrong_type("model", "a string", fields["model"])
+    for name, choices in CHOICES.items():
+        _check_choice(name, fields.get(name), choices)
+    dimensions, user = fields.get("dimensions"), fields.get("user")
+    if dimensions is not None and type(dimensions) is not int:
+        raise _wrong_type("dimensions", "an integer", dimensions)
+    if user is not None and not isinstance(user, str):
+        raise _wrong_type("user", "a string", user)
+    return Asked(**fields)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value is None or value in choices:
+        return
+    if isinstance(value, str):
+        raise _wrong_value(name, value, choices)
+    if name == "encoding_format":
+        shown = value if isinstance(value, int | float) else bulky.json_type(value)
+        raise _wrong_value(name, str(shown).lower(), choices)
+    raise _wrong_type(name, "a string", value)
+
+
+def _check_user(user: str) -> None:
+    if len(user) > _LONGEST_USER:
+        raise InvalidRequest(
+            f"Invalid 'user': string too long. Expected a string with maximum length {_LONGEST_USER}, "
+            f"but got a string with length {len(user)} instead.",
+            param="user",
+            code="string_above_max_length",
+        )
+    if _CONTROL(user):
+        raise InvalidRequest(
+            "Invalid type for 'user': expected a string of text, but got one with control characters instead.",
+            param="user",
+            code="invalid_type",
+        )
+
+
+def _texts(value: Any, vocabulary: Cl100k) -> tuple[Text, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list):
+        expected = "one of a string, array of strings, array of integers, or array of integer arrays"
+        raise _wrong_type("input", expected, value)
+    if not value:
+        raise _empty_array("input")
+    kind = type(value[0])
+    if kind in {int, float, bool}:
+        return (_ids(value, "input", vocabulary),)
+    if len(value) > bulky.MOST_ITEMS:
+        raise bulky.too_many_items(str(len(value)))
+    if kind is str:
+        return _strings(value)
+    if kind is list:
+        return _arrays(value, vocabulary)
+    raise _wrong_type("input[0]", "one of a string, an integer, or an array of integers", value[0])
+
+
+def _strings(items: list[Any]) -> tuple[str, ...]:
+    for at, item in enumerate(items):
+        if not isinstance(item, str):
+            raise _wrong_type(f"input[{at}]", "a string", item)
+        if not item:
+            path = f"input[{at}]"
+            raise InvalidRequest(f"Invalid '{path}': input cannot be an empty string.", param=path, code="empty_string")
+    return tuple(items)
+
+
+def _arrays(items: list[Any], vocabulary: Cl100k) -> tuple[tuple[int, ...], ...]:
+    texts = []
+    for at, item in enumerate(items):
+        path = f"input[{at}]"
+        if not isinstance(item, list):
+            raise _wrong_type(path, "an array of integers", item)
+        if not item:
+            raise _empty_array(path)
+        texts.append(_ids(item, path, vocabulary))
+    return tuple(texts)
+
+
+def _ids(ids: Sequence[Any], path: str, vocabulary: Cl100k) -> tuple[int, ...]:
+    pure = len(ids)
+    if set(map(type, ids)) != {int}:
+        pure = next(at for at, id_ in enumerate(ids) if type(id_) is not int)
+    bad = vocabulary.first_invalid(ids[:pure])
+    if bad is None and pure == len(ids):
+        return tuple(ids)
+    at = pure if bad is None else bad
+    where = f"{path}[{at}]"
+    if not isinstance(ids[at], int | float):
+        raise _wrong_type(where, "an integer", ids[at])
+    raise InvalidRequest(f"Invalid token id in '{where}'.", param=where, code="invalid_token_id")
+
+
+def _wrong_type(path: str, expected: str, value: Any) -> InvalidRequest:
+    message = f"Invalid type for '{path}': expected {expected}, but got {bulky.json_type(value)} instead."
+    return InvalidRequest(message, param=path, code="invalid_type")
+
+
+def _wrong_value(name: str, value: str, choices: tuple[str, ...]) -> InvalidRequest:
+    *most, last = (f"'{choice}'" for choice in choices)
+    message = f"Invalid value: '{printable(value)}'. Supported values are: {', '.join(most)} and {last}."
+    return InvalidRequest(message, param=name, code="invalid_value")
+
+
+def _empty_array(path: str) -> InvalidRequest:
+    message = f"Invalid '{path}': empty array. Expected an array with minimum length 1, but got an empty array instead."
+    return InvalidRequest(message, param=path, code="empty_array")
+
+
+# ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pieces(asked: Asked, result: EmbeddingResult) -> Iterator[bytes]:
+    """The body of an answer, in order; each piece takes a few milliseconds to make."""
+    encode, quote = (vectors.encode_base64, b'"') if asked.base64 else (vectors.encode_json, b"")
+    form = b'{"object":"embedding","index":%d,"embedding":' + quote + b"%b" + quote + b"}"
+    rows, step = result.vectors, max(1, _PIECE_BYTES // len(result.vectors[0]))
+    tail = b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
+        orjson.dumps(asked.model), result.tokens, result.tokens,
+    )  # fmt: skip
+    for start in range(0, len(rows), step):
+        written = b",".join([form % (at, encode(row)) for at, row in enumerate(rows[start : start + step], start)])
+        head = b"," if start else b'{"object":"list","data":['
+        yield head + written + (tail if start + step >= len(rows) else b"")
+
+
+def is_large(result: EmbeddingResult) -> bool:
+    """Whether `pieces` are several."""
+    return len(result.vectors) * len(result.vectors[0]) > _PIECE_BYTES
+
+
+def headers(result: EmbeddingResult) -> list[Header]:
+    """What an answer tells beside its body; of calls only if there were some."""
+    hits, all_ = result.cache_hits, len(result.vectors)
+    told = [
+        (b"x-embedgate-cache", b"hit=%d,miss=%d" % (hits, all_ - hits)),
+        (b"x-embedgate-space", result.space.id.encode()),
+    ]
+    if result.deployments:
+        told += [
+            (b"x-embedgate-deployment", ",".join(result.deployments).encode()),
+            (b"x-embedgate-queue-ms", b"%d" % (result.queue_s * 1000)),
+            (b"x-embedgate-batch-items", b"%d" % result.batch_items),
+        ]
+    return told
