@@ -4,15 +4,16 @@ import asyncio
 import random
 import secrets
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Self, assert_never
 
-from app.domain import Deployment, Route, Space, Tenant
+from app.domain import ANONYMOUS, Deployment, Route, Space, Tenant
 from app.engine.breaker import CircuitBreaker
-from app.engine.dispatcher import Bell, Gate
+from app.engine.gate import Bell, Gate
 from app.engine.gateway import EngineParts, Gateway
 from app.engine.intake import Intake
 from app.engine.workqueue import QueueBound
@@ -38,16 +39,11 @@ class _Served:
 class Runtime:
     """Everything that serves, built from `settings`; an async context manager that closes it in reverse.
 
-    `tenants` is by API key; empty when no key is configured. `draining` is set when no more requests should come.
+    `draining` is set when no more requests should come.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.tenants: Mapping[str, Tenant] = {
-            key.get_secret_value(): tenant.tenant(name)
-            for name, tenant in settings.tenants.items()
-            for key in tenant.api_key
-        }
         self.vocabulary = Cl100k()
         self.draining = False
         self.telemetry: Telemetry
@@ -56,8 +52,16 @@ class Runtime:
         self._stack = AsyncExitStack()
         self._models: dict[str, LocalModelFacts] = {}
 
+    @property
+    def tenants(self) -> Mapping[str, Tenant]:
+        """Who may call, by API key, made when asked since keys are not to lie about; empty when none is configured."""
+        return {
+            key.get_secret_value(): tenant.tenant(name)
+            for name, tenant in self.settings.tenants.items()
+            for key in tenant.api_key
+        }
+
     async def __aenter__(self) -> Self:
-        self._clock = asyncio.get_running_loop().time
         async with AsyncExitStack() as stack:
             self.telemetry = self._telemetry(stack)
             await asyncio.to_thread(self._read_models)
@@ -87,7 +91,7 @@ class Runtime:
                 stream = stack.enter_context(Path(server.log_file).expanduser().open("ab"))
             except OSError as error:
                 raise ConfigurationError(f"server.log_file cannot be written: {error.strerror}") from error
-        tenants = [*self.settings.tenants, *([] if self.tenants else ["anonymous"])]
+        tenants = [*self.settings.tenants, *([] if self.settings.tenants else [ANONYMOUS.name])]
         telemetry = Telemetry(tenants=tenants, models=self.settings.models, stream=stream, log_sample=server.log_sample)
         stack.callback(telemetry.close)
         return telemetry
@@ -166,7 +170,7 @@ class Runtime:
         name, telemetry = deployment.name, self.telemetry
         breaker = CircuitBreaker(
             deployment.breaker,
-            clock=self._clock,
+            clock=time.monotonic,
             rng=self._rng,
             on_change=lambda state, reason: telemetry.breaker_changed(deployment=name, state=state, reason=reason),
         )
@@ -197,7 +201,7 @@ class Runtime:
         limits = {name: gate.deployment.limits for name, gate in gates.items()}
         parts = EngineParts(
             cache=MemoryCache(settings.cache.memory_bytes),
-            limiter=InProcessLimiter(limits, clock=self._clock),
+            limiter=InProcessLimiter(limits, clock=time.monotonic),
             gates=gates,
             telemetry=self.telemetry,
             secret=secrets.token_bytes(32),
@@ -209,4 +213,4 @@ class Runtime:
             self.vocabulary,
         )
         bound = QueueBound(settings.queue.max_items, settings.queue.max_tokens)
-        return Gateway(intake, parts, bound, Bell(), clock=self._clock, rng=self._rng)
+        return Gateway(intake, parts, bound, Bell(), clock=time.monotonic, rng=self._rng)

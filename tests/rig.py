@@ -26,7 +26,7 @@ from app.domain import (
     Truncation,
 )
 from app.engine.breaker import CircuitBreaker
-from app.engine.dispatcher import Bell, Gate
+from app.engine.gate import Bell, Gate
 from app.engine.gateway import EngineParts, Gateway
 from app.engine.intake import Intake
 from app.engine.workqueue import QueueBound

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from app.domain import EmbeddingRequest, Space, Vector
-from app.engine.dispatcher import LEAST_WAIT_S, Bell, Dispatcher, Landed, Permit, Returned, Slot
+from app.engine.dispatcher import Dispatcher, Landed, Permit, Returned
+from app.engine.gate import LEAST_WAIT_S, Bell, Slot
 from app.engine.workitem import Answer, Batch, WorkItem
 from app.engine.workqueue import WorkQueue
 from app.errors import EmbedgateError, InternalError

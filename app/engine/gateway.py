@@ -12,7 +12,8 @@ from typing import Self
 from app import vectors
 from app.domain import EmbeddingRequest, EmbeddingResult, Priority, Route, Space, Text, Vector
 from app.engine.batcher import Batcher, CrashLog
-from app.engine.dispatcher import Bell, Dispatcher, Gate
+from app.engine.dispatcher import Dispatcher
+from app.engine.gate import Bell, Gate
 from app.engine.intake import Intake, Plan, Sized
 from app.engine.workitem import Answer, WorkItem
 from app.engine.workqueue import QueueBound, WorkQueue
