@@ -9,13 +9,15 @@ import random
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 import orjson
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from app.domain import Priority
@@ -103,16 +105,53 @@ class _Gauges(Collector):
 
 
 class _RequestSeries:
-    """The series of one (model, tenant): looked up once, then only counted."""
+    """What one (model, tenant) was answered: plain numbers, since every request counts here."""
 
-    __slots__ = ("hits", "joined", "misses", "seconds", "tokens")
+    __slots__ = ("buckets", "hits", "joined", "misses", "seconds", "tokens")
 
-    def __init__(self, telemetry: "Telemetry", model: str, tenant: str) -> None:
-        self.seconds = telemetry.request_seconds.labels(model)
-        self.tokens = telemetry.tokens.labels(model, tenant)
-        self.hits = telemetry.cache_texts.labels(model, "hit")
-        self.misses = telemetry.cache_texts.labels(model, "miss")
-        self.joined = telemetry.cache_texts.labels(model, "joined")
+    def __init__(self) -> None:
+        self.buckets = [0] * (len(_SECONDS) + 1)
+        self.seconds = 0.0
+        self.tokens = self.hits = self.joined = self.misses = 0
+
+
+class _Requests(Collector):
+    """Counts requests in plain numbers, and makes metrics of them when somebody scrapes."""
+
+    def __init__(self) -> None:
+        self.answers: dict[tuple[str, str, int, str | None], int] = {}
+        self._series: dict[tuple[str, str], _RequestSeries] = {}
+
+    def series(self, model: str, tenant: str) -> _RequestSeries:
+        """Where the answers to one tenant by one model are counted."""
+        series = self._series.get((model, tenant))
+        if series is None:
+            series = self._series[model, tenant] = _RequestSeries()
+        return series
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics now."""
+        answers = CounterMetricFamily(
+            "embedgate_requests", "Answers to callers", labels=("model", "tenant", "status", "code")
+        )
+        for (model, tenant, status, code), count in self.answers.items():
+            answers.add_metric([model, tenant, str(status), code or ""], count)
+        yield answers
+        tokens = CounterMetricFamily("embedgate_tokens", "Tokens answered", labels=("model", "tenant"))
+        seconds = HistogramMetricFamily(
+            "embedgate_request_seconds", "From the last byte in to the first byte out", labels=("model", "tenant")
+        )
+        texts = CounterMetricFamily(
+            "embedgate_cache_texts", "Texts by how they were answered: hit, miss, joined one in flight",
+            labels=("model", "tenant", "outcome"),
+        )  # fmt: skip
+        for labels, series in self._series.items():
+            tokens.add_metric(labels, series.tokens)
+            bounds = [*map(str, _SECONDS), "+Inf"]
+            seconds.add_metric(labels, list(zip(bounds, accumulate(series.buckets), strict=True)), series.seconds)
+            for outcome, count in (("hit", series.hits), ("miss", series.misses), ("joined", series.joined)):
+                texts.add_metric([*labels, outcome], count)
+        yield from (tokens, seconds, texts)
 
 
 class Telemetry:
@@ -129,7 +168,7 @@ class Telemetry:
         stream: BinaryIO | None = None,
         log_sample: float = 1.0,
     ) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._tenants = frozenset(tenants)
         self._models = frozenset(models)
@@ -137,26 +176,10 @@ class Telemetry:
         self._log_sample = log_sample
         self._gauges = _Gauges()
         self.registry.register(self._gauges)
-        self._series: dict[tuple[str, str], _RequestSeries] = {}
-        self._answers: dict[tuple[str, str, int, str | None], Any] = {}
-        self._make_request_metrics()
+        self.requests = _Requests()
+        self.registry.register(self.requests)
         self._make_engine_metrics()
         self.watch("embedgate_log_lines_dropped", "Log lines lost to a slow stream", (), self._read_dropped)
-
-    def _make_request_metrics(self) -> None:
-        registry = self.registry
-        self.requests = Counter(
-            "embedgate_requests", "Answers to callers", ("model", "tenant", "status", "code"), registry=registry
-        )
-        self.request_seconds = Histogram(
-            "embedgate_request_seconds", "From the last byte in to the first byte out", ("model",),
-            buckets=_SECONDS, registry=registry,
-        )  # fmt: skip
-        self.tokens = Counter("embedgate_tokens", "Tokens answered", ("model", "tenant"), registry=registry)
-        self.cache_texts = Counter(
-            "embedgate_cache_texts", "Texts by how they were answered: hit, miss, joined one in flight",
-            ("model", "outcome"), registry=registry,
-        )  # fmt: skip
 
     def _make_engine_metrics(self) -> None:
         def histogram(name: str, text: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> Histogram:
@@ -207,23 +230,16 @@ class Telemetry:
         """A caller got its answer, or left (status 499)."""
         model = model if model in self._models else "other"
         tenant = tenant if tenant in self._tenants else "other"
-        answer = (model, tenant, status, code)
-        counted = self._answers.get(answer)
-        if counted is None:
-            counted = self._answers[answer] = self.requests.labels(model, tenant, str(status), code or "")
-        counted.inc()
+        answer, answers = (model, tenant, status, code), self.requests.answers
+        answers[answer] = answers.get(answer, 0) + 1
         if status < 400:
-            series = self._series.get((model, tenant))
-            if series is None:
-                series = self._series[model, tenant] = _RequestSeries(self, model, tenant)
-            series.seconds.observe(duration_s)
-            series.tokens.inc(tokens)
-            if cache_hits:
-                series.hits.inc(cache_hits)
-            if joined:
-                series.joined.inc(joined)
-            if items - cache_hits - joined:
-                series.misses.inc(items - cache_hits - joined)
+            series = self.requests.series(model, tenant)
+            series.buckets[bisect_left(_SECONDS, duration_s)] += 1
+            series.seconds += duration_s
+            series.tokens += tokens
+            series.hits += cache_hits
+            series.joined += joined
+            series.misses += items - cache_hits - joined
             if duration_s < _SLOW_S and self._log_sample < 1.0 and random.random() >= self._log_sample:  # noqa: S311
                 return
         self._event(

@@ -15,7 +15,7 @@ from app.api.errors import (
     reply_to,
     unsupported_media_type,
 )
-from app.api.exchange import Attended, CallerLeft, read_body, refuse, request_id, send_whole
+from app.api.exchange import Attended, Begun, CallerLeft, read_body, refuse, request_id, send_whole
 from app.domain import ANONYMOUS, EmbeddingResult, Tenant
 from app.errors import EmbedgateError, ShuttingDown
 from app.runtime import Runtime
@@ -78,11 +78,14 @@ class EmbeddingsRoute:
         visit.items = len(texts)
         deadline_s = runtime.settings.server.deadline_s
         request = wire.request(asked, texts, visit.tenant, visit.headers, now_s=now_s, deadline_s=deadline_s)
-        async with Attended(receive):
-            visit.result = result = await runtime.gateway.embed(request)
+        embedding = Begun(runtime.gateway.embed(request))
+        if not embedding.done:
+            async with Attended(receive):
+                embedding.result = await embedding
+        visit.result = result = embedding.result
         headers = [_JSON, *self._stamp(visit), *wire.headers(result)]
         visit.status, visit.answering = 200, True
-        if wire.is_large(result):
+        if wire.is_large(result) and scope["http_version"] != "1.0":  # which knows no chunks
             await _send_pieces(receive, send, headers, wire.pieces(asked, result))
         else:
             answer = b"".join(wire.pieces(asked, result))

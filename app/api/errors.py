@@ -85,11 +85,6 @@ def body_too_large(most_bytes: int) -> HttpRefusal:
     return HttpRefusal(413, message, "request_too_large", (_CLOSE, (b"x-should-retry", b"false")))
 
 
-def body_too_slow() -> HttpRefusal:
-    """The body did not come in time."""
-    return HttpRefusal(408, "The request body was not received in time.", "request_timeout", (_CLOSE,))
-
-
 def malformed_http(*, too_large: bool) -> HttpRefusal:
     """The bytes are no HTTP request that we take; the connection is of no use any more."""
     if too_large:

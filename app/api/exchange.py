@@ -1,22 +1,54 @@
 """Hides how ASGI moves bytes: reading a body within bounds, noticing that the caller left, answering an error."""
 
 import asyncio
-import os
 import re
+from collections.abc import Awaitable, Generator
+from random import getrandbits
 from types import TracebackType
-from typing import Self
+from typing import Any, Generic, Self, TypeVar, cast
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from app.api.errors import ErrorReply, Header, body_too_large, body_too_slow
+from app.api.errors import ErrorReply, Header, body_too_large
+
+T = TypeVar("T")
 
 MOST_BODY_BYTES = 16_777_216
-PATIENCE_S = 10.0
-"""How long a caller may take to send something complete, or to read something."""
-
-_SLOWEST_BYTES_PER_S = 65_536
-_LINGER_S = 1.0
+LINGER_S = 1.0
+_PROCESS, _NUMBERS = os.urandom(6).hex().encode(), itertools.count()
 _WELL_FORMED_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}").fullmatch
+
+
+class Begun(Generic[T]):
+    """Something awaited at once, as far as that goes without waiting: `done` with its `result`, or to be awaited on.
+
+    What usually need not wait is spared the price of being ready to. Not to be awaited when `done`.
+    """
+
+    __slots__ = ("_steps", "_waits_for", "done", "result")
+
+    def __init__(self, awaitable: Awaitable[T]) -> None:
+        self._steps = awaitable.__await__()
+        self.done = False
+        try:
+            self._waits_for = self._steps.send(None)
+        except StopIteration as end:
+            self.done = True
+            self.result: T = end.value
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        """Goes on where it waits."""
+        waits_for = self._waits_for
+        try:
+            while True:
+                try:
+                    sent = yield waits_for
+                except BaseException as error:
+                    waits_for = self._steps.throw(error)
+                else:
+                    waits_for = self._steps.send(sent)
+        except StopIteration as end:
+            return cast("T", end.value)
 
 
 class CallerLeft(Exception):
@@ -27,33 +59,32 @@ def request_id(given: bytes | None) -> bytes:
     """The caller's own id if it is well-formed, else a new one."""
     if given is not None and _WELL_FORMED_ID(given):
         return given
-    return b"req_" + os.urandom(12).hex().encode()
+    return b"req_%024x" % getrandbits(96)
 
 
 async def read_body(receive: Receive, claimed: bytes | None) -> bytes:
     """The whole body; `claimed` is the Content-Length.
 
-    Raises CallerLeft, and HttpRefusal for a body that is too large (without reading on) or comes too slowly: it has
-    `PATIENCE_S` and a second for each `_SLOWEST_BYTES_PER_S`.
+    Raises CallerLeft, and HttpRefusal for a body that is too large, without reading on. That it comes fast enough is
+    the server's business.
     """
     if claimed is not None and int(claimed) > MOST_BODY_BYTES:
         raise body_too_large(MOST_BODY_BYTES)
-    body, more = bytearray(), True
-    started_s = asyncio.get_running_loop().time()
-    try:
-        async with asyncio.timeout(PATIENCE_S) as timeout:
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise CallerLeft
-                body += message.get("body", b"")
-                if len(body) > MOST_BODY_BYTES:
-                    raise body_too_large(MOST_BODY_BYTES)
-                if more := message.get("more_body", False):
-                    timeout.reschedule(started_s + PATIENCE_S + len(body) / _SLOWEST_BYTES_PER_S)
-    except TimeoutError as error:
-        raise body_too_slow() from error
-    return bytes(body)
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        body: bytes = message["body"]
+        return body
+    parts, size_bytes = [], 0
+    while True:
+        if message["type"] == "http.disconnect":
+            raise CallerLeft
+        parts.append(message.get("body", b""))
+        size_bytes += len(parts[-1])
+        if size_bytes > MOST_BODY_BYTES:
+            raise body_too_large(MOST_BODY_BYTES)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+        message = await receive()
 
 
 class Attended:
@@ -113,7 +144,7 @@ async def refuse(scope: Scope, receive: Receive, send: Send, reply: ErrorReply, 
     await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers + close})
     await send({"type": "http.response.body", "body": reply.body, "more_body": True})
     try:
-        async with asyncio.timeout(_LINGER_S):
+        async with asyncio.timeout(LINGER_S):
             while (await receive()).get("more_body"):
                 pass
     except TimeoutError:

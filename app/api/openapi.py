@@ -186,7 +186,6 @@ _CREATE: _Schema = {
         "401": _NO_KEY,
         "404": _error("The model does not exist or this key may not use it."),
         "405": _error("Another method than POST.", {"allow": _header("`POST`")}),
-        "408": _error("The body came too slowly."),
         "413": _error("The body is too large; the connection is closed."),
         "415": _error("Not JSON, or compressed."),
         "500": _error("A bug of ours."),

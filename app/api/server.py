@@ -1,6 +1,7 @@
 """Hides the HTTP server: its socket, its bounds on what is no proper request, and how it stops without losing one."""
 
 import asyncio
+import os
 import re
 import signal
 import socket
@@ -47,7 +48,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise ConfigurationError(f"Cannot listen on {host}:{port}: {error.strerror or error}.") from error
+        raise ConfigurationError(f"Cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}.") from error
     with listener:
         yield listener
 
@@ -125,38 +126,43 @@ class EdgeProtocol(HttpToolsProtocol):
     _message_done = False
     _head_bytes = 0
     _head_too_large = False
+    _refused = False
     _reading: asyncio.TimerHandle | None = None
     _writing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts waiting for the first head."""
         super().connection_made(transport)
-        self._reading = self.loop.call_later(exchange.PATIENCE_S, transport.abort)
+        self._set_reading(exchange.PATIENCE_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops every clock."""
         super().connection_lost(exc)
-        for timer in (self._reading, self._writing):
-            if timer is not None:
-                timer.cancel()
-        self._reading = self._writing = None
+        self._set_reading(None)
+        if self._writing is not None:
+            self._writing.cancel()
 
     # ── heads ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def data_received(self, data: bytes) -> None:
         """Feeds the parser, and keeps an eye on heads that do not end."""
+        if self._refused:
+            return
         self._head_bytes += 0 if self._head_done else len(data)
         super().data_received(data)
-        if not self._head_done and self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
+        if not self._head_done and self._head_bytes > _MOST_HEAD_BYTES and not self._refused:
             self._head_too_large = True
             self.send_400_response("")
         answered = self.cycle is not None and self.cycle.response_complete
-        if self._head_done and (self._message_done or not answered):
-            if self._reading is not None:
-                self._reading.cancel()
-                self._reading = None
-        elif self._reading is None and not self.transport.is_closing():
-            self._reading = self.loop.call_later(exchange.PATIENCE_S, self.transport.abort)
+        waiting = not self._head_done or (answered and not self._message_done)
+        if not self._refused and waiting != (self._reading is not None):
+            self._set_reading(exchange.PATIENCE_S if waiting else None)
+
+    def _set_reading(self, patience_s: float | None) -> None:
+        """Breaks the connection off after `patience_s`, unless this is called again before."""
+        if self._reading is not None:
+            self._reading.cancel()
+        self._reading = None if patience_s is None else self.loop.call_later(patience_s, self.transport.abort)
 
     def on_message_begin(self) -> None:
         """A new head."""
@@ -188,7 +194,10 @@ class EdgeProtocol(HttpToolsProtocol):
         self._message_done = True
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP, in our envelope, and closes; not into the middle of another answer."""
+        """Answers what is no HTTP, in our envelope, and closes; not into the middle of another answer.
+
+        What still comes is thrown away for a moment: a connection closed under its caller loses the answer.
+        """
         cycle = self.cycle
         if cycle is None or cycle.response_complete or not cycle.response_started:
             reply = reply_to(malformed_http(too_large=self._head_too_large))
@@ -197,7 +206,9 @@ class EdgeProtocol(HttpToolsProtocol):
         if cycle is not None:
             cycle.disconnected = True  # whoever began to answer this request must not go on
             cycle.message_event.set()
-        self.transport.close()
+        self._refused = True
+        self.transport.write_eof()
+        self._set_reading(exchange.LINGER_S)
 
     # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -116,10 +116,12 @@ async def running(folder: Path, *, server: str = "", queue: str = "", tenants: s
                 edge = EdgeServer(runtime, ready.set_result)
                 serving = group.create_task(edge.serve([listener]))
                 url = (await ready).removesuffix("/v1")
-                async with httpx.AsyncClient(base_url=url, timeout=10) as http:
-                    yield Edge(url, log, runtime, edge, upstream, http)
-                edge.drain()
-                await serving
+                try:
+                    async with httpx.AsyncClient(base_url=url, timeout=10) as http:
+                        yield Edge(url, log, runtime, edge, upstream, http)
+                finally:
+                    edge.drain()
+                    await serving
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -134,7 +136,7 @@ async def edge(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Edge]:
             await done.wait()
 
     task = asyncio.ensure_future(run())
-    await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)
-    yield ready.result() if ready.done() else await task  # type: ignore[misc]
+    task.add_done_callback(lambda _: ready.done() or ready.cancel("the service did not start"))
+    yield await ready
     done.set()
     await task

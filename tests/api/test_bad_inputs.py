@@ -41,7 +41,7 @@ def empty_array(path: str) -> str:
 
 def words(tokens: int, first: str = "word") -> str:
     """A text of so many tokens."""
-    return first + " word" * (tokens - 1)
+    return first + " a" * (tokens - 1)
 
 
 def wrong_type(path: str, expected: str, got: str) -> str:
@@ -194,7 +194,8 @@ ROWS = [
     token_id("401 digits", [10**400], "input[0]"),
     Row("E20", 400, LONGER.format(8610), change={"input": words(8610)}),
     Row("E21", 400, "Requested 416735 tokens, max 300000 tokens per request", None, "max_tokens_per_request",
-        change={"input": [words(8_000, first) for first in ascii_letters] + [words(735)]}, kind="max_tokens_per_request"),
+        kind="max_tokens_per_request",
+        change={"input": [words(8_000, first) for first in ascii_letters] + [words(735)]}),
     Row("E21 bulky", 400, "Requested 2000000 tokens, max 300000 tokens per request", None, "max_tokens_per_request",
         change={"input": [[1] * 8_000] * 250}, kind="max_tokens_per_request"),
     value("E22", {"encoding_format": "int8"}, "Invalid value: 'int8'. Supported values are: 'float' and 'base64'.",
@@ -375,7 +376,7 @@ def assert_later(answer: httpx.Response, code: str, message: str) -> None:
 async def test_a_full_queue_is_a_503(tmp_path: Path) -> None:
     """E36: while the provider hangs and a text waits, the next is refused at once."""
     async with running(tmp_path, queue="max_items = 1") as edge:
-        edge.upstream.inject(faults.hang)
+        edge.upstream.latency_s = 0.5
         asking = [asyncio.ensure_future(edge.post({"model": SMALL, "input": f"text {n}"})) for n in range(20)]
         done, waiting = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
         for each in waiting:

@@ -64,7 +64,7 @@ def test_texts_are_counted_by_how_they_were_answered() -> None:
     finish(telemetry, items=10, cache_hits=4, joined=1)
     text = generate_latest(telemetry.registry).decode()
     for outcome, count in (("hit", 4), ("joined", 1), ("miss", 5)):
-        assert f'embedgate_cache_texts_total{{model="m",outcome="{outcome}"}} {count}.0' in text
+        assert f'embedgate_cache_texts_total{{model="m",outcome="{outcome}",tenant="search"}} {count}.0' in text
     telemetry.close()
 
 
