@@ -7,7 +7,7 @@ from random import getrandbits
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from app.api.errors import ErrorReply, Header, body_too_large
 
@@ -15,7 +15,6 @@ T = TypeVar("T")
 
 MOST_BODY_BYTES = 16_777_216
 LINGER_S = 1.0
-_PROCESS, _NUMBERS = os.urandom(6).hex().encode(), itertools.count()
 _WELL_FORMED_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}").fullmatch
 
 

@@ -10,19 +10,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from app.api import exchange
 from app.api.app import create_app
+from app.api.corked import CorkedTransport
 from app.api.errors import malformed_http, reply_to
+from app.api.exchange import LINGER_S
 from app.errors import ConfigurationError
 from app.runtime import Runtime
 from app.settings import Settings
 
 _MOST_HEAD_BYTES = 65_536
 _MOST_HEADERS = 199
+PATIENCE_S = 10.0
+"""How long a caller may take to send something complete, or to read something; the longer, the more it moves."""
+
+_SLOWEST_BYTES_PER_S = 65_536
 _KEEP_ALIVE_S = 75
 """Longer than load balancers keep idle connections (60 s), so that the one that closes is not the one that answers."""
 
@@ -118,13 +124,14 @@ class _BadHost(Exception):
 class EdgeProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 with bounds on heads and on patience; what breaks them reaches no application.
 
-    A connection that sends no complete head, trickles a body that nobody reads, or does not read its answer, is closed
-    after `exchange.PATIENCE_S`.
+    A connection that sends no complete request in `PATIENCE_S`, or reads nothing of its answer for so long, is broken
+    off, unless it moves `_SLOWEST_BYTES_PER_S`.
     """
 
     _head_done = False
     _message_done = False
     _head_bytes = 0
+    _moved_bytes = 0
     _head_too_large = False
     _refused = False
     _reading: asyncio.TimerHandle | None = None
@@ -132,8 +139,8 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts waiting for the first head."""
-        super().connection_made(transport)
-        self._set_reading(exchange.PATIENCE_S)
+        super().connection_made(cast("asyncio.Transport", CorkedTransport(transport)))
+        self._set_reading(PATIENCE_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops every clock."""
@@ -148,32 +155,33 @@ class EdgeProtocol(HttpToolsProtocol):
         """Feeds the parser, and keeps an eye on heads that do not end."""
         if self._refused:
             return
+        self._moved_bytes += len(data)
         self._head_bytes += 0 if self._head_done else len(data)
         super().data_received(data)
         if not self._head_done and self._head_bytes > _MOST_HEAD_BYTES and not self._refused:
             self._head_too_large = True
             self.send_400_response("")
-        answered = self.cycle is not None and self.cycle.response_complete
-        waiting = not self._head_done or (answered and not self._message_done)
-        if not self._refused and waiting != (self._reading is not None):
-            self._set_reading(exchange.PATIENCE_S if waiting else None)
+        if self._message_done is (self._reading is not None) and not self._refused:
+            self._set_reading(None if self._message_done else PATIENCE_S)
 
     def _set_reading(self, patience_s: float | None) -> None:
-        """Breaks the connection off after `patience_s`, unless this is called again before."""
+        """Measures the caller's patience for `patience_s`; None: no more."""
         if self._reading is not None:
             self._reading.cancel()
-        self._reading = None if patience_s is None else self.loop.call_later(patience_s, self.transport.abort)
+        self._moved_bytes = 0
+        self._reading = None if patience_s is None else self.loop.call_later(patience_s, self._read_enough)
+
+    def _read_enough(self) -> None:
+        if self._refused or self._moved_bytes < PATIENCE_S * _SLOWEST_BYTES_PER_S:
+            self.transport.abort()
+        else:
+            self._set_reading(PATIENCE_S)
 
     def on_message_begin(self) -> None:
         """A new head."""
         super().on_message_begin()
         self._head_done = self._message_done = False
         self._head_bytes = 0
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Counts a header; those after the body (trailers) are dropped, since nobody checked them."""
-        if not self._head_done:
-            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Checks the head as a whole before the application sees it."""
@@ -187,11 +195,17 @@ class EdgeProtocol(HttpToolsProtocol):
             raise _BadHost
         self._head_done = True
         super().on_headers_complete()
+        self.headers = []  # what comes after the body (trailers) does not get into the head that was checked
 
     def on_message_complete(self) -> None:
         """The body has ended."""
         super().on_message_complete()
         self._message_done = True
+
+    def on_response_complete(self) -> None:
+        """The answer has ended: nothing of it is held back."""
+        cast("CorkedTransport", self.transport).flush()
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is no HTTP, in our envelope, and closes; not into the middle of another answer.
@@ -208,7 +222,7 @@ class EdgeProtocol(HttpToolsProtocol):
             cycle.message_event.set()
         self._refused = True
         self.transport.write_eof()
-        self._set_reading(exchange.LINGER_S)
+        self._set_reading(LINGER_S)
 
     # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -230,4 +244,4 @@ class EdgeProtocol(HttpToolsProtocol):
         if left_now_bytes == left_bytes:
             self.transport.abort()
         else:
-            self._writing = self.loop.call_later(exchange.PATIENCE_S, self._watch_writing, left_now_bytes)
+            self._writing = self.loop.call_later(PATIENCE_S, self._watch_writing, left_now_bytes)

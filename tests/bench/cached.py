@@ -31,7 +31,7 @@ async def _compare(chars: int, bare: Server, fastapi: Server, ours: Server) -> l
     for _ in range(_ROUNDS):
         for name, contender in zip(loads, (bare, fastapi, ours), strict=True):
             asked = itertools.repeat(request(text))
-            loads[name].append(await drive(contender, asked, callers=_CALLERS, seconds=_ROUND_S))
+            loads[name].append(await drive(contender, asked, callers=_CALLERS, seconds=_ROUND_S, awake=True))
     details = {
         name: {
             "requests_per_s": [round(load.rate) for load in seen],
