@@ -1,6 +1,6 @@
 """Hides which of two answers a request: the hot route, bare, or the framework, which serves everything else."""
 
-import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI
@@ -30,7 +30,7 @@ def create_app(runtime: Runtime) -> ASGIApp:
 
 def _stamped(framework: FastAPI, runtime: Runtime) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
     """The framework, with our headers on its answers, and our envelope for its crashes."""
-    clock = asyncio.get_running_loop().time
+    clock = time.monotonic
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         started_s, answering = clock(), False

@@ -35,6 +35,8 @@ class _Head(msgspec.Struct):
 
 _HEAD = msgspec.json.Decoder(_Head)
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_STEPS = np.zeros(256, np.int8)
+_STEPS[[ord("["), ord("{")]], _STEPS[[ord("]"), ord("}")]] = 1, -1
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -80,7 +82,7 @@ def _refuse_too_many_items(array: bytes) -> None:
     at, count = 1, 0
     while count < _MOST_COUNTED and (item := _ITEM.match(array, at)) is not None:
         at, count = item.end(), count + 1
-    if array[at : at + 1] in {b"[", b"{"}:
+    if count < _MOST_COUNTED and array[at : at + 1] in {b"[", b"{"}:
         _refuse_nested(array, at, count)
     if count > MOST_ITEMS:
         raise too_many_items(str(count) if count < _MOST_COUNTED else f"{count} or more")
@@ -135,11 +137,9 @@ def _depth(body: bytes) -> int:
     deepest = depth = quotes = 0
     for start in range(0, len(plain), BYTES):
         chars = np.frombuffer(plain, np.uint8, min(BYTES, len(plain) - start), start)
-        outside = (np.cumsum(chars == ord('"')) + quotes) % 2 == 0
-        steps = np.zeros(chars.size, np.int8)
-        steps[outside & ((chars == ord("[")) | (chars == ord("{")))] = 1
-        steps[outside & ((chars == ord("]")) | (chars == ord("}")))] = -1
+        steps = _STEPS[chars]
+        opened = np.cumsum(chars == ord('"'), dtype=np.int32) + quotes
+        steps[opened & 1 == 1] = 0
         depths = depth + np.cumsum(steps, dtype=np.int32)
-        deepest = max(deepest, int(depths.max()))
-        depth, quotes = int(depths[-1]), quotes + int(np.count_nonzero(chars == ord('"')))
+        deepest, depth, quotes = max(deepest, int(depths.max())), int(depths[-1]), int(opened[-1])
     return deepest

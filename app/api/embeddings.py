@@ -1,6 +1,7 @@
 """Hides how POST /v1/embeddings is answered: bare ASGI in front of the framework, because it is the hot route."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ from app.errors import EmbedgateError, ShuttingDown
 from app.runtime import Runtime
 
 PATH = "/v1/embeddings"
-_JSON: Header = (b"content-type", b"application/json")
+_MEDIA_TYPE = b"application/json"
+_JSON: Header = (b"content-type", _MEDIA_TYPE)
 _LEFT = 499
 
 
@@ -48,7 +50,7 @@ class EmbeddingsRoute:
     def __init__(self, runtime: Runtime, keys: Keys) -> None:
         self._runtime = runtime
         self._keys = keys
-        self._clock = asyncio.get_running_loop().time
+        self._clock = time.monotonic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, and tells of it exactly once."""
@@ -98,10 +100,11 @@ class EmbeddingsRoute:
         if scope["method"] != "POST":
             raise method_not_allowed(scope["method"], PATH, "POST")
         visit.tenant = self._keys.tenant(authorizations(scope["headers"]))
-        media_type = visit.headers.get(b"content-type", b"application/json").partition(b";")[0]
-        if media_type.strip().lower() != b"application/json":
+        media_type = visit.headers.get(b"content-type", _MEDIA_TYPE)
+        if media_type != _MEDIA_TYPE and media_type.partition(b";")[0].strip().lower() != _MEDIA_TYPE:
             raise unsupported_media_type()
-        if visit.headers.get(b"content-encoding", b"identity").strip().lower() not in {b"identity", b""}:
+        encoding = visit.headers.get(b"content-encoding")
+        if encoding is not None and encoding.strip().lower() not in {b"identity", b""}:
             raise compressed_body()
 
     def _stamp(self, visit: _Visit) -> list[Header]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import msgspec
@@ -239,12 +240,17 @@ def pieces(asked: Asked, result: EmbeddingResult) -> Iterator[bytes]:
     form = b'{"object":"embedding","index":%d,"embedding":' + quote + b"%b" + quote + b"}"
     rows, step = result.vectors, max(1, _PIECE_BYTES // len(result.vectors[0]))
     tail = b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
-        orjson.dumps(asked.model), result.tokens, result.tokens,
+        _quoted(asked.model), result.tokens, result.tokens,
     )  # fmt: skip
     for start in range(0, len(rows), step):
         written = b",".join([form % (at, encode(row)) for at, row in enumerate(rows[start : start + step], start)])
         head = b"," if start else b'{"object":"list","data":['
         yield head + written + (tail if start + step >= len(rows) else b"")
+
+
+@lru_cache(maxsize=256)
+def _quoted(model: str) -> bytes:
+    return orjson.dumps(model)
 
 
 def is_large(result: EmbeddingResult) -> bool:

@@ -61,6 +61,7 @@ class Gateway:
         self._rng = rng or random.Random()  # noqa: S311 — back-off jitter
         self._crashes = CrashLog(parts.telemetry, clock=self._clock)
         self._batchers: dict[str, Batcher] = {}
+        self._hashes: dict[str, blake2b] = {}
         self._tasks = asyncio.TaskGroup()
         self._loops: list[asyncio.Task[None]] = []
         self._watch()
@@ -171,7 +172,9 @@ class Gateway:
 
     def _keys(self, space: Space, texts: Sequence[Text]) -> list[bytes]:
         """One cache key per text: a keyed hash over the space and the raw text or token ids, never truncated."""
-        base = blake2b(space.id.encode(), key=self._parts.secret, digest_size=32)
+        base = self._hashes.get(space.id)
+        if base is None:
+            base = self._hashes[space.id] = blake2b(space.id.encode(), key=self._parts.secret, digest_size=32)
         keys = []
         for text in texts:
             digest = base.copy()
@@ -230,13 +233,18 @@ def _result(
 ) -> EmbeddingResult:
     """Puts the answer together, cut to the width that was asked for."""
     data = [vector.data for vector in merged]
+    if plan.width is not None:
+        data = [vectors.cut(full, plan.width) for full in data]
+    tokens = sum([vector.tokens for vector in merged])
+    if not answers:
+        return EmbeddingResult(data, tokens, plan.space, cache_hits, joined)
     return EmbeddingResult(
-        vectors=data if plan.width is None else [vectors.cut(full, plan.width) for full in data],
-        tokens=sum(vector.tokens for vector in merged),
+        vectors=data,
+        tokens=tokens,
         space=plan.space,
         cache_hits=cache_hits,
         joined=joined,
         deployments=tuple(dict.fromkeys(answer.deployment for answer in answers)),
-        queue_s=max((answer.queue_s for answer in answers), default=0.0),
-        batch_items=max((answer.batch_items for answer in answers), default=0),
+        queue_s=max(answer.queue_s for answer in answers),
+        batch_items=max(answer.batch_items for answer in answers),
     )

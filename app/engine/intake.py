@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+import msgspec
 
 from app import tokens
 from app.domain import EmbeddingRequest, Route, Space, Text
@@ -16,8 +18,7 @@ _BYTES_PER_ID = 8
 """What an id takes in a JSON body."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, eq=False):
     """A legal request: who serves it, in which Space, and the width to cut to (None: the full one)."""
 
     request: EmbeddingRequest
@@ -26,8 +27,7 @@ class Plan:
     width: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Sized:
+class Sized(msgspec.Struct, frozen=True, eq=False):
     """A text as it will be sent, with its tokens and bytes."""
 
     payload: Text
@@ -62,8 +62,8 @@ class Intake:
     async def texts(self, plan: Plan) -> Sequence[Text]:
         """The texts as the route takes them: token ids are decoded unless every deployment understands them."""
         texts = plan.request.texts
-        if plan.route.takes_token_ids or all(isinstance(text, str) for text in texts):
-            return texts
+        if isinstance(texts[0], str) or plan.route.takes_token_ids:
+            return texts  # a request has texts of one kind
         self.check_total(plan, sum(len(text) for text in texts if not isinstance(text, str)))
         if sum(map(len, texts)) > _INLINE_IDS:
             return await asyncio.to_thread(self._decode, texts)

@@ -3,11 +3,12 @@
 import asyncio
 from dataclasses import dataclass
 
+import msgspec
+
 from app.domain import EmbeddingRequest, Priority, Text
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, eq=False):
     """What a text's future brings: its vector, and how it was come by."""
 
     data: bytes
