@@ -114,6 +114,8 @@ class Gateway:
         missing = {key: text for key, text, vector in zip(keys, texts, found, strict=True) if vector is None}
         sized, took_long = await self._intake.measure(plan, list(missing.values()), known_tokens)
         measured = dict(zip(missing, sized, strict=True))
+        repeated = [measured[key].tokens for key, vector in zip(keys, found, strict=True) if vector is None]
+        self._intake.check_total(plan, known_tokens + sum(repeated))
         if took_long:
             again = await self._parts.cache.get_many(keys)
             found = [vector or later for vector, later in zip(found, again, strict=True)]

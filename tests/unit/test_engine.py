@@ -272,6 +272,14 @@ async def test_a_request_of_too_many_tokens_is_refused() -> None:
         assert (refused.value.kind, refused.value.code) == ("max_tokens_per_request",) * 2
 
 
+async def test_every_repetition_of_a_text_counts_towards_the_total() -> None:
+    """The limit is on what was asked, not on what has to be bought."""
+    async with engine(ScriptedProvider(), max_input_tokens=10_000) as rig:
+        with pytest.raises(InvalidRequest, match=r"Requested 320000 tokens"):
+            await rig.ask(*["w " * 8000] * 40)
+        assert rig.provider.calls == []
+
+
 @pytest.mark.parametrize(
     ("dimensions", "code"), [(0, "integer_below_min_value"), (WIDTH + 1, "integer_above_max_value")]
 )
