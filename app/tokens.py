@@ -7,6 +7,7 @@ import importlib.metadata
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -31,6 +32,7 @@ _EXACT_BYTES = 1 << 20
 _EXACT_BYTES_PER_TOKEN = 512
 _UNBROKEN_CHARS = 65_536
 _SLICE_CHARS = 16_384
+_WORKERS = ThreadPoolExecutor(2, "tokens")  # more would only fight over the interpreter's lock, and the loop with them
 _SEAM_TOKENS = 16  # what cutting a slice off may add: special tokens, and merges that did not happen
 
 
@@ -291,7 +293,7 @@ async def cut_many(counter: TokenCounter, texts: Sequence[str], max_tokens: int)
 async def _off_loop(texts: Sequence[str], work: Callable[[], T]) -> T:
     if sum(map(len, texts)) <= INLINE_CHARS:
         return work()
-    return await asyncio.to_thread(work)
+    return await asyncio.get_running_loop().run_in_executor(_WORKERS, work)
 
 
 def _count_all(

@@ -93,7 +93,7 @@ class Gateway:
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
         """One vector per text, in order, before the deadline; or an `EmbedgateError` for the whole request."""
         plan = self._intake.plan(request)
-        texts = await self._intake.texts(plan)
+        texts = self._intake.texts(plan)
         keys = self._keys(plan.space, texts)
         found = await self._parts.cache.get_many(keys)
         if None in found:

@@ -1,6 +1,5 @@
 """What a request must be before it may cost anything: a known model, a legal width, texts that fit."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -10,9 +9,6 @@ from app import tokens
 from app.domain import EmbeddingRequest, Route, Space, Text
 from app.errors import InvalidRequest, UnknownModel
 from app.ports import TokenCounter, TokenVocabulary
-
-_INLINE_IDS = 20_000
-"""Decoding more token ids than this is done in a thread."""
 
 _BYTES_PER_ID = 8
 """What an id takes in a JSON body."""
@@ -59,15 +55,13 @@ class Intake:
         if total_tokens > plan.route.max_request_tokens and self._counters[plan.route.model].exact:
             raise _too_many(plan.route, total_tokens)
 
-    async def texts(self, plan: Plan) -> Sequence[Text]:
+    def texts(self, plan: Plan) -> Sequence[Text]:
         """The texts as the route takes them: token ids are decoded unless every deployment understands them."""
         texts = plan.request.texts
         if isinstance(texts[0], str) or plan.route.takes_token_ids:
             return texts  # a request has texts of one kind
         self.check_total(plan, sum(len(text) for text in texts if not isinstance(text, str)))
-        if sum(map(len, texts)) > _INLINE_IDS:
-            return await asyncio.to_thread(self._decode, texts)
-        return self._decode(texts)
+        return [text if isinstance(text, str) else self._vocabulary.decode(text) for text in texts]
 
     async def measure(self, plan: Plan, texts: Sequence[Text], known_tokens: int) -> tuple[list[Sized], bool]:
         """Counts `texts`, cuts what may be cut, refuses what is too long; says whether others had a turn meanwhile.
@@ -101,9 +95,6 @@ class Intake:
             raise _too_long(most, str(longest))
         self.check_total(plan, known_tokens + sum(map(len, texts)))
         return [Sized(ids, len(ids), _BYTES_PER_ID * len(ids)) for ids in texts]
-
-    def _decode(self, texts: Sequence[Text]) -> list[Text]:
-        return [text if isinstance(text, str) else self._vocabulary.decode(text) for text in texts]
 
     def _space(self, route: Route, request: EmbeddingRequest) -> Space:
         space = route.space
