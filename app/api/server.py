@@ -142,6 +142,7 @@ class EdgeProtocol(HttpToolsProtocol):
     _head_done = False
     _message_done = False
     _head_bytes = 0
+    _packet_bytes = 0
     _moved_bytes = 0
     _head_too_large = False
     _refused = False
@@ -166,8 +167,9 @@ class EdgeProtocol(HttpToolsProtocol):
         """Feeds the parser, and keeps an eye on heads that do not end."""
         if self._refused:
             return
-        self._moved_bytes += len(data)
-        self._head_bytes += 0 if self._head_done else len(data)
+        self._packet_bytes = len(data)
+        self._moved_bytes += self._packet_bytes
+        self._head_bytes += 0 if self._head_done else self._packet_bytes
         super().data_received(data)
         if not self._head_done and self._head_bytes > _MOST_HEAD_BYTES and not self._refused:
             self._head_too_large = True
@@ -196,8 +198,10 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Checks the head as a whole before the application sees it."""
-        size_bytes = len(self.url) + sum(map(len, chain.from_iterable(self.headers)))
-        if len(self.headers) > _MOST_HEADERS or size_bytes > _MOST_HEAD_BYTES:
+        too_large = len(self.headers) > _MOST_HEADERS
+        if self._head_bytes + self._packet_bytes > _MOST_HEAD_BYTES:  # of which a part may be a body's
+            too_large |= len(self.url) + sum(map(len, chain.from_iterable(self.headers))) > _MOST_HEAD_BYTES
+        if too_large:
             self._head_too_large = True
             raise _HeadTooLarge
         hosts = [value for name, value in self.headers if name == b"host"]

@@ -242,6 +242,9 @@ def pieces(asked: Asked, result: EmbeddingResult) -> Iterator[bytes]:
     tail = b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
         _quoted(asked.model), result.tokens, result.tokens,
     )  # fmt: skip
+    if len(rows) == 1:
+        yield b'{"object":"list","data":[' + form % (0, encode(rows[0])) + tail
+        return
     for start in range(0, len(rows), step):
         written = b",".join([form % (at, encode(row)) for at, row in enumerate(rows[start : start + step], start)])
         head = b"," if start else b'{"object":"list","data":['
