@@ -17,6 +17,7 @@ from typing import cast
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from app import __version__
 from app.api.app import create_app
 from app.api.corked import CorkedTransport
 from app.api.errors import malformed_http, reply_to
@@ -48,6 +49,7 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
         async with Runtime(settings) as runtime:
             _shorten_pauses()
             await EdgeServer(runtime, on_ready).serve([listener])
+            runtime.telemetry.service_changed("stopped")
 
 
 def _shorten_pauses() -> None:
@@ -94,6 +96,8 @@ class EdgeServer(uvicorn.Server):
 
     def drain(self) -> None:
         """Stops taking requests and ends `serve` when those in flight have been answered."""
+        if not self._runtime.draining:
+            self._runtime.telemetry.service_changed("draining")
         self._runtime.draining = True
         self.should_exit = True
 
@@ -107,7 +111,9 @@ class EdgeServer(uvicorn.Server):
         await super().startup(sockets)
         for listener in sockets or []:
             host, port = listener.getsockname()[:2]
-            self._on_ready(f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1")
+            base_url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+            self._runtime.telemetry.service_changed("started", version=__version__, base_url=base_url)
+            self._on_ready(base_url)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
