@@ -112,7 +112,8 @@ class Runtime:
         local = self._models.get(model.deployments[0])
         if local is not None:
             self._check_one_space(name, [self._models[each] for each in model.deployments])
-            route = Route(name, local.space(name), deployments, prompts=local.prompts)
+            cuts = facts.cuts_dimensions
+            route = Route(name, local.space(name), deployments, cuts_dimensions=cuts, prompts=local.prompts)
             return _Served(route, HuggingFaceCounter(local.tokenizer))
         if facts.dimensions is None:
             raise ConfigurationError(f"models.{name}.dimensions: say how wide its vectors are")

@@ -6,6 +6,7 @@ It is supervised: a bug in its loop or in a flight fails what it held, is counte
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from app.domain import EmbeddingRequest, Space, Vector
 from app.engine.dispatcher import Dispatcher, Landed, Permit, Returned
@@ -28,9 +29,10 @@ class CrashLog:
         self._times: deque[tuple[float, str]] = deque(maxlen=100)
 
     def record(self, loop: str, error: BaseException) -> None:
-        """Counts one bug in `loop`."""
+        """Counts one bug in `loop`; never fails itself, since nobody would be left to notice."""
         self._times.append((self._clock(), loop))
-        self._telemetry.loop_crashed(loop=loop, error=error)
+        with suppress(Exception):
+            self._telemetry.loop_crashed(loop=loop, error=error)
 
     def complaint(self) -> str | None:
         """Why this process should get no requests, if so."""
@@ -110,8 +112,8 @@ class Batcher:
             try:
                 await self._serve_one()
             except Exception as bug:  # supervision is for the errors that nobody thought of
-                self._crashes.record("batcher", bug)
                 self._fail([item for item in self._table.values() if self._is_lost(item)], InternalError())
+                self._crashes.record("batcher", bug)
                 await asyncio.sleep(0.01)
 
     async def _serve_one(self) -> None:
@@ -162,9 +164,10 @@ class Batcher:
             else:
                 await self._retry(outcome)
         except Exception as bug:  # as in run
+            self._fail((item for item in batch.items if item.flying), InternalError())
+            permit.slot.gate.breaker.neutral(permit.passed)
             permit.slot.release()
             self._crashes.record("flight", bug)
-            self._fail((item for item in batch.items if item.flying), InternalError())
 
     def _report(self, permit: Permit, batch: Batch) -> None:
         fit, now = permit.fit, self._clock()

@@ -524,33 +524,71 @@ async def test_a_bug_in_a_flight_fails_only_what_it_held() -> None:
         assert rig.gateway.why_not_ready() == []
 
 
-async def test_a_bug_in_the_batcher_loop_loses_nothing_that_waits() -> None:
-    """The loop restarts and serves the text; the third bug in a minute turns readiness red."""
+class Buggy:
+    """Stands before a part of the engine and raises at the first `bugs` calls of the method `name`."""
 
-    class Buggy:
-        bugs = 3
+    def __init__(self, inner: object, name: str, bugs: int) -> None:
+        self._inner, self._name, self.bugs = inner, name, bugs
 
-        def __init__(self, inner: object) -> None:
-            self.inner = inner
+    def __getattr__(self, name: str) -> object:
+        whole = getattr(self._inner, name)
 
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.inner, name)
-
-        async def reserve(self, claim: object) -> object:
+        def buggy(*args: object, **named: object) -> object:
             if self.bugs:
                 self.bugs -= 1
                 raise RuntimeError("a bug")
-            return await self.inner.reserve(claim)  # type: ignore[attr-defined]
+            return whole(*args, **named)
 
+        return buggy if name == self._name else whole
+
+    def __len__(self) -> int:
+        return len(self._inner)  # type: ignore[arg-type]
+
+
+async def test_a_bug_in_the_batcher_loop_loses_nothing_that_waits() -> None:
+    """The loop restarts and serves the text; the third bug in a minute turns readiness red."""
     async with engine(ScriptedProvider()) as rig:
         await rig.ask("before")
-        batcher = next(iter(rig.gateway._batchers.values()))
-        batcher.dispatcher._limiter = Buggy(batcher.dispatcher._limiter)  # type: ignore[assignment]
+        (batcher,) = rig.gateway._batchers.values()
+        batcher.dispatcher._limiter = Buggy(batcher.dispatcher._limiter, "reserve", 3)  # type: ignore[assignment]
         await rig.ask("a")
         assert "3 crashes" in rig.gateway.why_not_ready()[0]
         await asyncio.sleep(61)
         assert rig.gateway.why_not_ready() == []
         assert rig.leftovers()["slots"] == 0
+
+
+@pytest.mark.parametrize(("part", "method"), [("_telemetry", "batch_left"), ("_cache", "put_many"), ("queue", "take")])
+async def test_a_bug_anywhere_in_the_loop_or_a_flight_fails_only_what_it_held(part: str, method: str) -> None:
+    """Before, at and after the call; the next text is served, and no slot, entry or breaker is left behind."""
+    async with engine(ScriptedProvider()) as rig:
+        await rig.ask("before")
+        (batcher,) = rig.gateway._batchers.values()
+        setattr(batcher, part, Buggy(getattr(batcher, part), method, 1))
+        started = now()
+        if part == "queue":
+            await rig.ask("held")  # nothing was taken yet, so nothing was lost
+        else:
+            with pytest.raises(InternalError):
+                await rig.ask("held")
+        assert now() - started < 1.0
+        for at in range(20):
+            await rig.ask(f"next {at}")
+            await asyncio.sleep(1.0)
+        assert rig.gates["d0"].breaker.state == "closed"
+        assert set((await settle(rig)).values()) == {0}
+
+
+async def test_a_bug_in_telling_of_a_bug_stops_nothing() -> None:
+    """Supervision itself cannot be the thing that brings the service down."""
+    async with engine(ScriptedProvider()) as rig:
+        await rig.ask("before")
+        (batcher,) = rig.gateway._batchers.values()
+        batcher._cache = Buggy(batcher._cache, "put_many", 1)  # type: ignore[assignment]
+        batcher._crashes._telemetry = Buggy(rig.telemetry, "loop_crashed", 1)  # type: ignore[assignment]
+        with pytest.raises(InternalError):
+            await rig.ask("held")
+        await rig.ask("next")
 
 
 # ── leaving ─────────────────────────────────────────────────────────────────────────────────────────────────────────
