@@ -66,7 +66,7 @@ def refuse_too_many(body: bytes) -> None:
     if array[:1] != b"[":
         return
     flat = array[1:].lstrip()[:1] not in {b"[", b'"'}
-    if not flat and max(array.count(b"["), array.count(b'"') // 2) > MOST_ITEMS:
+    if not flat and _has_many(array):
         _refuse_too_many_items(array)
     ids = array.count(b",") + 1
     if ids > _MOST_IDS and b'"' not in array and b"{" not in array:
@@ -75,6 +75,19 @@ def refuse_too_many(body: bytes) -> None:
             code="max_tokens_per_request",
             kind="max_tokens_per_request",
         )
+
+
+def _has_many(array: bytes) -> bool:
+    """Whether there are more strings or more arrays in `array` than one request may have texts."""
+    brackets = array.count(b"[")
+    if array.count(b'"') - array.count(b'\\"') <= 2 * MOST_ITEMS >= 2 * brackets:
+        return False  # at worst half of the strings end in a backslash and were not seen
+    plain = array.replace(b"\\\\", b"").replace(b'\\"', b"")  # every quote left begins or ends a string
+    if plain.count(b'"') // 2 > MOST_ITEMS:
+        return True
+    chars = np.frombuffer(plain, np.uint8)
+    outside = np.cumsum(chars == ord('"'), dtype=np.uint8) & 1 == 0
+    return int(np.count_nonzero(outside & (chars == ord("[")))) > MOST_ITEMS
 
 
 def _refuse_too_many_items(array: bytes) -> None:

@@ -43,7 +43,8 @@ class WorkItem:
     @property
     def deadline(self) -> float:
         """When the last of its waiters stops caring."""
-        return max((waiter.deadline for waiter in self.waiters), default=0.0)
+        waiters = self.waiters
+        return waiters[0].deadline if len(waiters) == 1 else max((each.deadline for each in waiters), default=0.0)
 
     @property
     def priority(self) -> Priority:

@@ -40,14 +40,20 @@ class QueueBound:
         return waiting > 0 and (waiting + items > self.max_items or sum(self.tokens) + tokens > self.max_tokens)
 
 
+_DOUBT = 1.25
+"""By how much the measured rate may be wrong before a request is refused for it."""
+
+
 class _ServiceRate:
     """Tokens per second that left while others were waiting, over about the last ten seconds of such time."""
 
     _MEMORY_S = 10.0
+    _LEAST_S, _LEAST_TAKES = 2.0, 3.0
 
     def __init__(self) -> None:
         self._tokens = 0.0
         self._seconds = 0.0
+        self._takes = 0.0
         self._last: float | None = None
 
     def left(self, tokens: int, now: float, *, backlogged: bool) -> None:
@@ -56,12 +62,14 @@ class _ServiceRate:
             keep = max(0.0, 1.0 - passed / self._MEMORY_S)
             self._tokens = self._tokens * keep + tokens
             self._seconds = self._seconds * keep + passed
+            self._takes = self._takes * keep + 1
         self._last = now if backlogged else None
 
     def wait_s(self, tokens: float, now: float) -> float:
-        """How long `tokens` will take; 0 while too little is known."""
+        """How long `tokens` will take; 0 while too little is known: refusing in error is worse than waiting in vain."""
         seconds = self._seconds + (now - self._last if self._last is not None else 0.0)
-        return tokens * seconds / self._tokens if self._tokens and seconds >= 1.0 else 0.0
+        known = self._tokens and self._takes >= self._LEAST_TAKES and seconds >= self._LEAST_S
+        return tokens * seconds / self._tokens if known else 0.0
 
 
 class WorkQueue:
@@ -116,7 +124,7 @@ class WorkQueue:
         wait_s = self._rate.wait_s(self._tokens_before(request, tokens), now)
         if self._bound.refuses(len(items), tokens):
             raise Overloaded(max(1.0, self._rate.wait_s(self._tokens, now)))
-        if wait_s and now + wait_s > request.deadline:
+        if wait_s and now + wait_s / _DOUBT > request.deadline:
             raise Overloaded(wait_s)
         rises = request.priority < self._highest()
         self._lanes[request.priority].add(request, items)
