@@ -7,6 +7,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 
 from app.domain import EmbeddingRequest, Space, Vector
 from app.engine.dispatcher import Dispatcher, Landed, Permit, Returned
@@ -123,9 +124,9 @@ class Batcher:
         if slot is None:
             return
         try:
-            await self._gather(slot)
+            reason = await self._gather(slot)
             permit = await self.dispatcher.permit(slot, self.queue.demand)
-            batch = self._take(permit) if permit is not None else None
+            batch = self._take(permit, reason) if permit is not None else None
         except BaseException:
             slot.release()
             raise
@@ -136,21 +137,27 @@ class Batcher:
         else:
             await self.dispatcher.give_back(permit)
 
-    async def _gather(self, slot: Slot) -> None:
-        """Waits for company while other calls of the deployment are in flight; an idle deployment never waits."""
+    async def _gather(self, slot: Slot) -> str:
+        """Waits for company while other calls of the deployment are in flight, and says why no longer.
+
+        An idle deployment never waits, nor do texts that have failed elsewhere.
+        """
         demand, gate = self.queue.demand(), slot.gate
         if demand is None or demand.avoid:
-            return
+            return "retry"
         limits = gate.deployment.limits
         until = demand.queued_at + limits.window_s
         most_items = min(limits.max_batch_items, gate.provider.max_items)
         while gate.in_flight > 1 and not self.queue.holds(most_items, limits.max_batch_tokens):
             if (left_s := until - self._clock()) < LEAST_WAIT_S:
-                return
+                return "window"
             await self._bell.wait(left_s)
+        return "idle"
 
-    def _take(self, permit: Permit) -> Batch:
+    def _take(self, permit: Permit, reason: str) -> Batch:
         batch = self.queue.take(permit.fit, permit.slot.gate.name)
+        if batch.reason == "drained":  # everything came along, so it left for another reason
+            batch = replace(batch, reason=reason)
         for item in batch.items:
             item.flying = True
         return batch

@@ -76,6 +76,8 @@ async def test_a_free_slot_waits_for_company_no_longer_than_the_window() -> None
                 await asyncio.sleep(0.001)
         calls = rig.provider.calls
         assert calls[1][0] - started == pytest.approx(0.005, abs=1e-6)
+        assert 'embedgate_flushes_total{deployment="d0",reason="idle"} 1.0' in rig.metrics()
+        assert 'embedgate_flushes_total{deployment="d0",reason="window"} 2.0' in rig.metrics()
         assert 4 <= len(calls[1][1]) <= 6
 
 
