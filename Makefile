@@ -4,8 +4,7 @@ PY := .venv/bin/python
 RUN_STAMP := .venv/installed
 DEV_STAMP := .venv/installed-dev
 PIP := $(PY) -m pip --disable-pip-version-check --quiet install
-COMPILE := uv pip compile --universal --generate-hashes --no-header --no-annotate --no-emit-index-url \
-	--no-emit-find-links --quiet
+COMPILE := uv pip compile --universal --generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check bench lock

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from starlette.types import Receive, Scope, Send
 
-from app.api import wire
+from app.api import bulky, wire
 from app.api.auth import Keys, authorizations
 from app.api.errors import (
     Header,
@@ -51,6 +51,7 @@ class EmbeddingsRoute:
         self._runtime = runtime
         self._keys = keys
         self._clock = time.monotonic
+        self._doorway = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, and tells of it exactly once."""
@@ -74,6 +75,8 @@ class EmbeddingsRoute:
         body = await read_body(receive, visit.headers.get(b"content-length"))
         visit.body_read = True
         visit.started_s = now_s = self._clock()
+        if len(body) > bulky.BYTES:
+            await self._one_by_one()
         asked, texts = wire.read(body, runtime.vocabulary)
         if asked.model in runtime.gateway.routes:
             visit.model = asked.model
@@ -92,6 +95,11 @@ class EmbeddingsRoute:
         else:
             answer = b"".join(wire.pieces(asked, result))
             await send_whole(send, 200, [*headers, (b"content-length", b"%d" % len(answer))], answer)
+
+    async def _one_by_one(self) -> None:
+        """Lets others have their turn between two large requests: reading one keeps the loop for some milliseconds."""
+        async with self._doorway:
+            await asyncio.sleep(0)
 
     def _admit(self, visit: _Visit, scope: Scope) -> None:
         """Raises for a request whose body need not be read."""
