@@ -365,5 +365,5 @@ async def test_a_thousand_cancellations_leak_nothing(provider: OpenAIProvider, e
 
 def checked_out(provider: OpenAIProvider) -> int:
     """How many connections of the pool are in use."""
-    transport = provider._endpoint._http._transport
+    transport = provider._endpoint._transport
     return len(transport.client.connector._acquired)  # type: ignore[attr-defined]
