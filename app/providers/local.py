@@ -245,6 +245,7 @@ class _Network:
 class LocalModel:
     """The Provider that runs a model on this machine, in `workers` threads of its own beside those of the runtime.
 
+    Two, so that one call is tokenised and pooled while the network runs for the other.
     Making one reads the model's file, a quarter of a second for the default. Vectors do not depend on what else
     travels in their call.
     """
@@ -252,7 +253,7 @@ class LocalModel:
     max_items = 64
     """Larger calls are not faster, and a lone text waits for the call before it."""
 
-    def __init__(self, facts: LocalModelFacts, *, workers: int = 1, threads: int | None = None) -> None:
+    def __init__(self, facts: LocalModelFacts, *, workers: int = 2, threads: int | None = None) -> None:
         self._facts = facts
         self._pool_vector = _POOLINGS[facts.pooling]
         self._counter = HuggingFaceCounter(facts.tokenizer)

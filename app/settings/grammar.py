@@ -201,8 +201,8 @@ class LocalDeployment(_Deployment):
     dialect: Literal["local"]
     path: str = ""
     pooling: Literal["", "mean", "cls", "max", "last", "mean_sqrt_len"] = ""
-    max_in_flight: int = Field(default=1, ge=1, le=1024)
-    max_batch_tokens: int = Field(default=4096, ge=1, le=10_000_000)  # a lone text waits for the call before it
+    max_in_flight: int = Field(default=2, ge=1, le=1024)  # one runs, one is ready to
+    max_batch_tokens: int = Field(default=8192, ge=1, le=10_000_000)  # a lone text waits for the call before it
     breaker_stall_least_s: Seconds = 30.0  # long texts after short ones are slow, not dead
 
     @property
