@@ -366,4 +366,4 @@ async def test_a_thousand_cancellations_leak_nothing(provider: OpenAIProvider, e
 def checked_out(provider: OpenAIProvider) -> int:
     """How many connections of the pool are in use."""
     transport = provider._endpoint._transport
-    return len(transport.client.connector._acquired)  # type: ignore[attr-defined]
+    return len(transport.client.connector._acquired)  # type: ignore[union-attr]
