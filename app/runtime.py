@@ -200,8 +200,12 @@ class Runtime:
     def _engine(self, served: Mapping[str, _Served], gates: Mapping[str, Gate]) -> Gateway:
         settings = self.settings
         limits = {name: gate.deployment.limits for name, gate in gates.items()}
+        cache = MemoryCache(settings.cache.memory_bytes)
+        self.telemetry.watch(
+            "embedgate_cache_bytes", "Memory of the vectors kept", (), lambda: [((), cache.stats().used_bytes)]
+        )
         parts = EngineParts(
-            cache=MemoryCache(settings.cache.memory_bytes),
+            cache=cache,
             limiter=InProcessLimiter(limits, clock=time.monotonic),
             gates=gates,
             telemetry=self.telemetry,

@@ -60,7 +60,7 @@ class Gateway:
         self._clock = clock or asyncio.get_running_loop().time
         self._rng = rng or random.Random()  # noqa: S311 — back-off jitter
         self._crashes = CrashLog(parts.telemetry, clock=self._clock)
-        self._batchers: dict[str, Batcher] = {}
+        self._batchers: dict[tuple[str, ...], Batcher] = {}
         self._hashes: dict[str, blake2b] = {}
         self._tasks = asyncio.TaskGroup()
         self._loops: list[asyncio.Task[None]] = []
@@ -188,8 +188,13 @@ class Gateway:
     # ── spaces ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _batcher(self, route: Route, space: Space) -> Batcher:
-        """The batcher of `space`, started at its first text. There are a few per route: input types, truncation."""
-        batcher = self._batchers.get(space.id)
+        """The batcher of `space` at the route's deployments, started at its first text.
+
+        There are a few per route: input types, truncation. Two names for one space share it only if they also name the
+        same deployments in the same order: who pays is the operator's choice.
+        """
+        place = (space.id, *(deployment.name for deployment in route.deployments))
+        batcher = self._batchers.get(place)
         if batcher is None:
             parts, bell, clock = self._parts, self._bell, self._clock
             telemetry = parts.telemetry
@@ -199,7 +204,7 @@ class Gateway:
             batcher = Batcher(
                 space, queue, dispatcher, parts.cache, bell, self._crashes, telemetry, tasks=self._tasks, clock=clock
             )
-            self._batchers[space.id] = batcher
+            self._batchers[place] = batcher
             self._loops.append(self._tasks.create_task(batcher.run(), name=f"batcher {space.model}"))
         return batcher
 
