@@ -184,7 +184,6 @@ class Route:
     deployments: tuple[Deployment, ...]
     cuts_dimensions: bool = False
     prompts: tuple[tuple[InputType, str], ...] = ()
-    max_items: int = 2048
     max_request_tokens: int = 300_000
     created: int = 0
     owned_by: str = "embedgate"
