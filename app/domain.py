@@ -4,6 +4,8 @@ What is made for every request is a msgspec Struct, a fifth of a frozen dataclas
 """
 
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -15,7 +17,8 @@ Text: TypeAlias = str | tuple[int, ...]
 """One text to embed: a string, or token ids in the vocabulary that its model's route names."""
 
 InputType: TypeAlias = Literal["query", "document"]
-Truncation: TypeAlias = Literal["none", "end"]
+Truncation: TypeAlias = Literal["none", "end", "mean"]
+"""What becomes of a text that is too long: refused, cut at its end, or the mean of its windows."""
 
 
 class Priority(IntEnum):
@@ -47,7 +50,8 @@ ANONYMOUS = Tenant("anonymous")
 class EmbeddingRequest(msgspec.Struct, frozen=True, eq=False):
     """What one tenant wants: one vector per text, in order, before `deadline` (seconds of the monotonic clock).
 
-    Compared by identity: two callers may want the same.
+    `truncation` None: as the model's route has it. `allow_degraded`: when every deployment is out, vectors of the
+    model that the operator named for this case are welcome. Compared by identity: two callers may want the same.
     """
 
     tenant: Tenant
@@ -57,7 +61,8 @@ class EmbeddingRequest(msgspec.Struct, frozen=True, eq=False):
     priority: Priority = Priority.DEFAULT
     dimensions: int | None = None
     input_type: InputType | None = None
-    truncation: Truncation = "none"
+    truncation: Truncation | None = None
+    allow_degraded: bool = False
 
 
 class EmbeddingResult(msgspec.Struct, frozen=True, eq=False):
@@ -66,7 +71,7 @@ class EmbeddingResult(msgspec.Struct, frozen=True, eq=False):
     `tokens` is the sum over all texts, bought or not. `cache_hits + bought + joined == len(vectors)`, where `joined`
     counts texts that were already in flight or repeated in the request. `deployments` are those that answered, in
     order of first use; `queue_s` is the longest wait of a text before its call left; `batch_items` the size of the
-    largest batch that carried one.
+    largest batch that carried one. `model` names who answered when that was not the model asked for.
     """
 
     vectors: list[bytes]
@@ -77,6 +82,7 @@ class EmbeddingResult(msgspec.Struct, frozen=True, eq=False):
     deployments: tuple[str, ...] = ()
     queue_s: float = 0.0
     batch_items: int = 0
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Space:
     """Where vectors may be compared: everything that changes a vector's meaning, and nothing else.
 
     `dimensions` is the full width that is bought; smaller sizes of a Matryoshka model are cut from it and share the
-    Space. `prompt` is the text the model itself puts in front of an input of this `input_type`.
+    Space. `prompt` is the text that stands in front of an input of this `input_type` when the model reads it.
     """
 
     model: str
@@ -116,7 +122,9 @@ class Limits:
     """What one deployment takes; 0 per minute means unlimited.
 
     `window_s` is the longest that a text waits for company while other calls of the deployment are in flight.
-    `judged_spans_s` are the spans over which the vendor checks its per-minute quotas.
+    `judged_spans_s` are the spans over which the vendor checks its per-minute quotas. `counts_texts`: each text of a
+    call is a request to it. `target_latency_s` above 0: batches are kept so small, though not below
+    `min_batch_tokens`, that nine calls of ten take no longer.
     """
 
     requests_per_minute: int = 0
@@ -127,15 +135,25 @@ class Limits:
     max_batch_bytes: int = 8_000_000
     window_s: float = 0.005
     judged_spans_s: tuple[float, ...] = (60.0,)
+    counts_texts: bool = False
+    min_batch_tokens: int = 1000
+    target_latency_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Attempts:
-    """How often and how fast a text is tried again: full jitter over `min(cap, base · 2^n)` seconds."""
+    """How often and how fast a text is tried again: after `min(cap, base · 2^n)` seconds, give or take `jitter` of it.
+
+    `jitter` None: anything from no time at all up to that. After 429s in a row that name no longer time, the deployment
+    rests for twice as long each time, `cooldown_s` up to `cooldown_cap_s`.
+    """
 
     most: int = 3
     backoff_base_s: float = 0.5
     backoff_cap_s: float = 8.0
+    jitter: float | None = None
+    cooldown_s: float = 1.0
+    cooldown_cap_s: float = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,15 +193,28 @@ class Route:
     """A model name that callers send, the Space that answers, and who serves it, in order of preference.
 
     `cuts_dimensions`: a cut of the full vector is the vendor's own smaller vector (Matryoshka), so callers may name
-    `dimensions`. `prompts` holds what the model puts in front of an input by input type. `created` is a Unix time
-    for `/v1/models`.
+    `dimensions`; `sizes` are those that the vendor makes (none: any). `prompts` tells which input types the model
+    tells apart, and what stands in front of each (see `Space.prompt`); `default_input_type` is meant by who names none.
+    `long_input` is what becomes of long texts unless the caller says; `overlap_tokens` are shared by neighbouring
+    windows of a mean. `vendor_cuts`: every deployment's vendor cuts at the end itself when asked.
+    `spread`: deployments share the load instead of standing in for each other. `spill_s`: a longer wait for quota
+    sends a text to the next deployment. `on_outage` names another model, of another Space, for callers who allow it.
+    `created` is a Unix time for `/v1/models`.
     """
 
     model: str
     space: Space
     deployments: tuple[Deployment, ...]
     cuts_dimensions: bool = False
+    sizes: Sequence[int] = ()
     prompts: tuple[tuple[InputType, str], ...] = ()
+    default_input_type: InputType | None = None
+    long_input: Truncation = "none"
+    overlap_tokens: int = 64
+    vendor_cuts: bool = False
+    spread: bool = False
+    spill_s: float = math.inf
+    on_outage: str = ""
     max_request_tokens: int = 300_000
     created: int = 0
     owned_by: str = "embedgate"

@@ -147,7 +147,15 @@ class Misconfigured(ProviderError):
 
 
 class InputRefused(ProviderError):
-    """The provider refused the content of this batch: one of its texts is bad; no health signal."""
+    """The provider refused the content of this batch: one of its texts is bad; no health signal.
+
+    `position` is the text that it names, if it names one; `too_long` says that its length is what is wrong.
+    """
+
+    def __init__(self, detail: str, *, position: int | None = None, too_long: bool = False) -> None:
+        super().__init__(detail)
+        self.position = position
+        self.too_long = too_long
 
 
 class Transient(ProviderError):

@@ -108,6 +108,14 @@ class Limiter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Stated:
+    """The quotas that a provider says the account has, per minute; None: it does not say."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """What one call brought: row i of `vectors` (float32, shape (n, d)) answers text i.
 
@@ -116,6 +124,7 @@ class Reply:
 
     vectors: npt.NDArray[np.float32]
     tokens_billed: int | None = None
+    stated: Stated = Stated()
 
 
 class Provider(Protocol):

@@ -19,9 +19,11 @@ from app.engine.intake import Intake
 from app.engine.workqueue import QueueBound
 from app.errors import ConfigurationError
 from app.ports import Provider, TokenCounter
+from app.providers.dialect import Target
+from app.providers.http import Endpoint
 from app.providers.local import LocalModel, LocalModelFacts, default_model, read_model
-from app.providers.openai import OpenAIProvider
-from app.settings import CATALOG, LocalDeployment, OpenAIDeployment, Settings
+from app.providers.remote import RemoteProvider
+from app.settings import LocalDeployment, RemoteDeployment, Settings
 from app.storage.cache import MemoryCache
 from app.storage.limiter import InProcessLimiter
 from app.telemetry import Telemetry
@@ -123,9 +125,14 @@ class Runtime:
             normalised=facts.unit_norm,
             max_input_tokens=facts.max_input_tokens or 8192,
         )
+        remote = [each for each in map(self.settings.deployments.get, model.deployments) if each is not None]
         route = Route(
             name, space, deployments,
-            cuts_dimensions=facts.cuts_dimensions, created=facts.created, owned_by=facts.owned_by,
+            cuts_dimensions=facts.cuts_dimensions, sizes=facts.sizes, prompts=facts.prompts,
+            default_input_type=facts.default_input_type, long_input=model.truncation,
+            overlap_tokens=model.overlap_tokens, spread=model.order == "spread", spill_s=model.spill_s,
+            vendor_cuts=all(isinstance(each, RemoteDeployment) and each.wire.cuts for each in remote),
+            on_outage=model.on_outage, created=facts.created, owned_by=facts.owned_by,
         )  # fmt: skip
         return _Served(route, self.vocabulary if facts.tokenizer == "cl100k_base" else Estimate())
 
@@ -144,8 +151,8 @@ class Runtime:
             timeout_s=settings.timeout_s,
         )
         match settings:
-            case OpenAIDeployment():
-                return replace(deployment, unit_norm=unit_norm, takes_token_ids=settings.takes_token_ids)
+            case RemoteDeployment():
+                return replace(deployment, unit_norm=unit_norm, takes_token_ids=settings.understands_token_ids)
             case LocalDeployment():
                 return replace(deployment, unit_norm=self._models[name].normalised)
             case _:
@@ -181,17 +188,8 @@ class Runtime:
     def _provider(self, name: str, route: Route) -> Provider:
         settings = self.settings.deployments[name]
         match settings:
-            case OpenAIDeployment():
-                known = CATALOG.get(settings.model)
-                width = route.space.dimensions
-                return OpenAIProvider(
-                    settings.base_url,
-                    settings.api_key.get_secret_value() if settings.api_key else None,
-                    settings.model,
-                    dimensions=width if known is not None and width < known.dimensions else None,
-                    max_in_flight=settings.max_in_flight,
-                    any_model_name=not settings.is_openai,
-                )
+            case RemoteDeployment():
+                return _remote(settings, route.space.dimensions)
             case LocalDeployment():
                 return LocalModel(self._models[name])
             case _:
@@ -219,3 +217,22 @@ class Runtime:
         )
         bound = QueueBound(settings.queue.max_items, settings.queue.max_tokens)
         return Gateway(intake, parts, bound, Bell(), clock=time.monotonic, rng=self._rng)
+
+
+def _remote(settings: RemoteDeployment, width: int) -> RemoteProvider:
+    """Who calls a remote deployment for vectors of this width."""
+    wire, card, name = settings.wire, settings.card, settings.served_as or settings.model
+    target = Target(
+        name,
+        dimensions=width if card is not None and width != card.dimensions else None,
+        names=frozenset({name, settings.model}) if settings.is_vendors else frozenset(),
+        options={"api_version": settings.api_version, "auth": settings.auth},
+    )
+    dialect = wire(target)
+    key = settings.api_key.get_secret_value() if settings.api_key else None
+    most = settings.limits().max_in_flight
+    endpoint = Endpoint(settings.base_url, {} if key is None else dialect.headers(key), max_connections=most)
+    narrow = card is not None and card.normalised == "full width" and width != card.dimensions
+    return RemoteProvider(
+        dialect, endpoint, width=width, normalise=narrow or (card is not None and card.normalised == "never")
+    )

@@ -11,6 +11,7 @@ Matrix = npt.NDArray[np.float32]
 
 _FLOAT32 = np.dtype("<f4")
 _NORM_TOLERANCE = 1e-2
+_ROUNDING = 1e-6
 
 
 def encode_base64(data: bytes) -> bytes:
@@ -53,6 +54,16 @@ def cut(data: bytes, dimensions: int) -> bytes:
     head = vector[:dimensions].astype(np.float64)
     norm = float(np.sqrt(head @ head))
     return (head / (norm or 1.0)).astype(_FLOAT32).tobytes()
+
+
+def normalised(vectors: Matrix) -> Matrix:
+    """Each row brought to unit length; rows that have it up to rounding stay as they are, and so do zeros."""
+    norms = np.sqrt(_squares(vectors))
+    odd = (np.abs(norms - 1.0) > _ROUNDING) & (norms > 0)
+    if odd.any():
+        vectors = vectors.copy()
+        vectors[odd] = (vectors[odd] / norms[odd, None]).astype(np.float32)
+    return vectors
 
 
 def check(vectors: Matrix, count: int, dimensions: int, unit_norm: bool) -> None:

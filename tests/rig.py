@@ -143,14 +143,14 @@ class Rig:
         dimensions: int | None = None,
         model: str = MODEL,
         input_type: InputType | None = None,
-        truncation: Truncation = "none",
+        truncation: Truncation | None = None,
     ) -> EmbeddingResult:
         """Embeds `texts` and proves that each got its own vector, in order."""
         deadline = asyncio.get_running_loop().time() + within_s
         request = EmbeddingRequest(tenant, model, texts, deadline, priority, dimensions, input_type, truncation)
         result = await self.gateway.embed(request)
         assert len(result.vectors) == len(texts)
-        if dimensions is None and truncation == "none":
+        if dimensions is None and truncation in (None, "none"):
             for text, data in zip(texts, result.vectors, strict=True):
                 said = text if isinstance(text, str) else Words().decode(text)
                 expected = identifying_vector(result.space.prompt + said, MODEL, WIDTH)

@@ -11,7 +11,7 @@ import orjson
 from app import vectors
 from app.api import bulky
 from app.api.errors import Header, printable
-from app.domain import EmbeddingRequest, EmbeddingResult, InputType, Priority, Tenant, Text, Truncation
+from app.domain import EmbeddingRequest, EmbeddingResult, InputType, Priority, Tenant, Text
 from app.errors import InvalidRequest
 from app.tokens import Cl100k
 
@@ -42,7 +42,7 @@ class Asked(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     user: str | None = None
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     input_type: InputType | None = None
-    truncate: Truncation | None = None
+    truncate: Literal["none", "end"] | None = None
 
     @property
     def base64(self) -> bool:
@@ -86,7 +86,7 @@ def request(
         priority=_TIERS.get(asked.service_tier or "", tenant.priority) if wanted is None else _priority(wanted),
         dimensions=asked.dimensions,
         input_type=asked.input_type,
-        truncation=asked.truncate or "none",
+        truncation=asked.truncate,
     )
 
 

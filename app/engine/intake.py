@@ -46,7 +46,7 @@ class Intake:
         route = self.routes.get(request.model)
         if route is None or not request.tenant.may_use(request.model):
             raise UnknownModel(request.model)
-        if request.truncation == "end" and not self._counters[route.model].exact:
+        if request.truncation == "end" and not (self._counters[route.model].exact or route.vendor_cuts):
             raise InvalidRequest("This model does not support 'truncate'.", param="truncate", code="invalid_value")
         return Plan(request, route, self._space(route, request), self._width(route, request.dimensions))
 
@@ -74,7 +74,7 @@ class Intake:
         counter, prompt, most = self._counters[plan.route.model], plan.space.prompt, plan.space.max_input_tokens
         said = [prompt + text for text in texts if isinstance(text, str)]
         took_long = sum(map(len, said)) > tokens.INLINE_CHARS
-        if plan.request.truncation == "end":
+        if plan.space.truncation == "end" and counter.exact:
             said = await tokens.cut_many(counter, said, most)
         most_total = plan.route.max_request_tokens - known_tokens
         counts = await tokens.count_many(counter, said, most_each=most, most_total=most_total)
@@ -89,7 +89,7 @@ class Intake:
 
     def _measure_ids(self, plan: Plan, texts: Sequence[tuple[int, ...]], known_tokens: int) -> list[Sized]:
         most = plan.space.max_input_tokens
-        if plan.request.truncation == "end":
+        if plan.space.truncation == "end":
             texts = [ids[:most] for ids in texts]
         if (longest := max(map(len, texts))) > most:
             raise _too_long(most, str(longest))
@@ -98,10 +98,12 @@ class Intake:
 
     def _space(self, route: Route, request: EmbeddingRequest) -> Space:
         space = route.space
-        prompt = next((words for kind, words in route.prompts if kind == request.input_type), "")
-        if prompt:
-            space = replace(space, input_type=request.input_type, prompt=prompt)
-        return replace(space, truncation="end") if request.truncation == "end" else space
+        kind = request.input_type or route.default_input_type
+        for told_apart, prompt in route.prompts:
+            if told_apart == kind:
+                space = replace(space, input_type=kind, prompt=prompt)
+        truncation = request.truncation or route.long_input
+        return space if truncation == "none" else replace(space, truncation=truncation)
 
     def _width(self, route: Route, dimensions: int | None) -> int | None:
         if dimensions is None:
@@ -109,8 +111,12 @@ class Intake:
         if not route.cuts_dimensions:
             raise InvalidRequest("This model does not support specifying dimensions.")
         full = route.space.dimensions
-        if 1 <= dimensions <= full:
+        if dimensions == full or (1 <= dimensions < full and (not route.sizes or dimensions in route.sizes)):
             return dimensions if dimensions < full else None
+        if route.sizes and not isinstance(route.sizes, range):
+            known = ", ".join(str(size) for size in sorted({*route.sizes, full}) if size <= full)
+            message = f"Invalid value for 'dimensions' = {dimensions}. Must be one of {known}."
+            raise InvalidRequest(message, param="dimensions", code="invalid_value")
         bound, code = (f"less than or equal to {full}", "integer_above_max_value")
         if dimensions < 1:
             bound, code = ("greater than or equal to 1", "integer_below_min_value")

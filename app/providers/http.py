@@ -1,35 +1,21 @@
-"""Hides one provider's HTTP: connection pool, whole-call time-outs, bounded bodies, what its retry headers mean."""
+"""Hides one provider's HTTP: its connection pool, whole-call time-outs, bounded bodies, what lost exchanges mean."""
 
 import asyncio
 import functools
-import math
-import re
 import ssl
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 
 import aiohttp
 import httpx
 from httpx_aiohttp import AiohttpTransport
 
 from app.errors import CallTimeout, ConfigurationError, MalformedReply, ProviderError, Transient, Unreachable
+from app.providers.refusals import Answer
 
 _CONNECT_S = 5.0
 _KEEP_ALIVE_S = 30.0
 _PIECE_BYTES = 2**18
 _MOST_ERROR_BYTES = 2**16
-_MOST_RETRY_AFTER_S = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A complete answer; the content of one that is no 2xx may be cut off."""
-
-    status: int
-    headers: Mapping[str, str]
-    content: bytearray
 
 
 class Endpoint:
@@ -128,54 +114,3 @@ def _translated(error: Exception) -> ProviderError:
     if isinstance(cause, aiohttp.ClientResponseError):
         return MalformedReply(f"an answer that is no HTTP: {name}")
     return Transient(f"the connection broke: {name}")
-
-
-# ── retry headers ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def retry_after_s(headers: Mapping[str, str], kind: str = "") -> float | None:
-    """How long the provider asks to wait, within [0, 120] s; None if it does not say, or nothing that can be read.
-
-    `retry-after-ms` before `retry-after` (seconds or a date) before the time in which the bucket of `kind`
-    (`requests` or `tokens`; else the slower of both) is full again.
-    """
-    resets = [kind] if kind in ("requests", "tokens") else ["requests", "tokens"]
-    waits = [_go_duration_s(headers.get(f"x-ratelimit-reset-{reset}", "")) for reset in resets]
-    wait_s = _first(
-        _number(headers.get("retry-after-ms", ""), scale=1e-3),
-        _number(headers.get("retry-after", "")),
-        _until_s(headers.get("retry-after", "")),
-        max((wait for wait in waits if wait is not None), default=None),
-    )
-    return None if wait_s is None else min(max(wait_s, 0.0), _MOST_RETRY_AFTER_S)
-
-
-def _first(*waits: float | None) -> float | None:
-    return next((wait for wait in waits if wait is not None), None)
-
-
-def _number(text: str, scale: float = 1.0) -> float | None:
-    try:
-        value = float(text) * scale
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _until_s(text: str) -> float | None:
-    try:
-        date = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    return (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-
-
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(h|ms|m|s)")
-_UNIT_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3}
-
-
-def _go_duration_s(text: str) -> float | None:
-    """`6m0s`, `8.64s`, `20ms` in seconds."""
-    if not text or _DURATION.sub("", text):
-        return None
-    return sum(float(number) * _UNIT_S[unit] for number, unit in _DURATION.findall(text))

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from typing import TypeAlias
+from urllib.parse import urlsplit
 
 from app.settings.catalog import CATALOG
-from app.settings.grammar import OPENAI_HOST, LocalDeployment, ModelSettings, OpenAIDeployment, Settings
+from app.settings.grammar import DeploymentSettings, LocalDeployment, ModelSettings, RemoteDeployment, Settings
 from app.settings.places import KeyPath
 from app.settings.wording import guess
 
@@ -44,15 +45,29 @@ def _keys(settings: Settings) -> Problems:
                 yield ("tenants", name, "api_key"), f"is also the key of {owner}; every key names one owner"
 
 
-def _deployment(path: KeyPath, deployment: OpenAIDeployment | LocalDeployment) -> Problems:
+def _deployment(path: KeyPath, deployment: RemoteDeployment | LocalDeployment) -> Problems:
     if deployment.backoff_cap_s < deployment.backoff_base_s:
         yield (*path, "backoff_cap_s"), f"must be at least backoff_base_s, which is {deployment.backoff_base_s:g}"
     if deployment.breaker_open_cap_s < deployment.breaker_open_s:
         yield (*path, "breaker_open_cap_s"), f"must be at least breaker_open_s, which is {deployment.breaker_open_s:g}"
-    if isinstance(deployment, OpenAIDeployment) and deployment.is_openai and not deployment.api_key:
-        yield (*path, "api_key"), f'is required by {OPENAI_HOST}, for example "env:OPENAI_API_KEY"'
+    if isinstance(deployment, RemoteDeployment):
+        yield from _remote(path, deployment)
     if isinstance(deployment, LocalDeployment) and deployment.pooling and not deployment.path:
         yield (*path, "pooling"), "needs a path, since the pooling of the built-in model is known"
+
+
+def _remote(path: KeyPath, deployment: RemoteDeployment) -> Problems:
+    if not deployment.base_url:
+        yield (*path, "base_url"), f"is required by the dialect '{deployment.dialect}'"
+    if deployment.is_vendors and deployment.wire.needs_key and not deployment.api_key:
+        example = f"env:{deployment.dialect.upper()}_API_KEY"
+        yield (*path, "api_key"), f'is required by {urlsplit(deployment.base_url).hostname}, for example "{example}"'
+    for key, dialect in (("server", "openai"), ("api_version", "azure"), ("auth", "azure")):
+        if getattr(deployment, key) and deployment.dialect != dialect:
+            yield (*path, key), f"belongs to deployments of the dialect '{dialect}'"
+    if deployment.tier and deployment.tier not in (tiers := deployment.card.tiers if deployment.card else {}):
+        known = f"it may be {', '.join(tiers)}" if tiers else "none are published for this model: state the limits"
+        yield (*path, "tier"), f"unknown tier '{deployment.tier}'; {known}"
 
 
 def _one_space(settings: Settings, name: str, model: ModelSettings) -> Problems:
@@ -60,9 +75,7 @@ def _one_space(settings: Settings, name: str, model: ModelSettings) -> Problems:
     first, *others = ((listed, settings.deployments[listed]) for listed in model.deployments)
     for other in others:
         pair = " and ".join(f"'{listed}' ({one.dialect}, {one.model})" for listed, one in (first, other))
-        if first[1].dialect != other[1].dialect:
-            text = f"{pair} do not make comparable vectors; give each its own model"
-        elif first[1].model != other[1].model and not model.same_space:
+        if not _alike(first[1], other[1]) and not (model.same_space and first[1].dialect != "local"):
             text = f"{pair} serve different models, whose vectors cannot be compared; give each its own model, or set "
             text += "same_space = true if you know that both names mean the same one"
         else:
@@ -70,26 +83,35 @@ def _one_space(settings: Settings, name: str, model: ModelSettings) -> Problems:
         yield ("models", name, "deployments"), text
 
 
+def _alike(one: DeploymentSettings, other: DeploymentSettings) -> bool:
+    """Whether two deployments surely serve the same model: the name is the same and so is who knows it."""
+    if isinstance(one, RemoteDeployment) and isinstance(other, RemoteDeployment):
+        known = one.card is not None and one.card is other.card
+        return one.model == other.model and (known or one.dialect == other.dialect)
+    return one.dialect == other.dialect and one.model == other.model
+
+
 def _model(settings: Settings, name: str, model: ModelSettings) -> Problems:
     path = ("models", name)
     served = settings.deployments[model.deployments[0]]
     if isinstance(served, LocalDeployment):
-        if name in CATALOG:
-            yield path, "is the name of an OpenAI model, which a local deployment must not answer for; choose another"
+        if any(name == known for _, known in CATALOG):
+            yield path, "is the name of a vendor's model, which a local deployment must not answer for; choose another"
         for key in ("dimensions", "max_input_tokens", "tokenizer"):
             if getattr(model, key) is not None:
                 yield (*path, key), "must be left off: the files of the local model say it"
         return
-    known = CATALOG.get(served.model)
-    if known is None:
+    card = served.card
+    if card is None:
         if model.dimensions is None:
             yield path, f"dimensions is required, since '{served.model}' is not in the catalog"
         return
-    asked = model.dimensions or known.dimensions
-    if asked > known.dimensions or (asked < known.dimensions and not known.cuts_dimensions):
-        limit = "at most" if known.cuts_dimensions else "exactly"
-        yield (*path, "dimensions"), f"'{served.model}' has {limit} {known.dimensions}, not {asked}"
-    if model.cuts_dimensions and not known.cuts_dimensions:
+    asked = model.dimensions or card.dimensions
+    if not card.offers(asked):
+        limit = "exactly" if not card.sizes else "at most" if isinstance(card.sizes, range) else "one of"
+        offered = max(card.sizes) if isinstance(card.sizes, range) and card.sizes else card.sizes or card.dimensions
+        yield (*path, "dimensions"), f"'{served.model}' has {limit} {offered}, not {asked}"
+    if model.cuts_dimensions and not card.matryoshka:
         yield (*path, "cuts_dimensions"), f"vectors of '{served.model}' cannot be cut"
-    if (model.max_input_tokens or 0) > known.max_input_tokens:
-        yield (*path, "max_input_tokens"), f"'{served.model}' takes at most {known.max_input_tokens}"
+    if (model.max_input_tokens or 0) > card.max_input_tokens:
+        yield (*path, "max_input_tokens"), f"'{served.model}' takes at most {card.max_input_tokens}"

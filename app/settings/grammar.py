@@ -1,20 +1,32 @@
 """Hides the grammar of `embedgate.toml`: which names there are, what they may hold, what they are by default."""
 
 import ipaddress
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SecretStr,
+    Tag,
+    ValidationInfo,
+)
 from pydantic.fields import FieldInfo
 
-from app.domain import Attempts, BreakerPolicy, Limits, Priority, Tenant
-from app.settings.catalog import CATALOG
+from app.domain import Attempts, BreakerPolicy, InputType, Limits, Priority, Tenant, Truncation
+from app.providers import DIALECTS, SERVERS
+from app.providers.cards import ModelCard, Quota
+from app.providers.dialect import Dialect
 
-OPENAI_HOST = "api.openai.com"
 BUILT_IN_MODEL = "all-MiniLM-L6-v2"
 """What a `local` deployment serves that names no directory."""
 
@@ -62,10 +74,6 @@ def _base_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _is_openai(base_url: str) -> bool:
-    return urlsplit(base_url).hostname == OPENAI_HOST
-
-
 def _host(host: str) -> str:
     if not host or not (host.isascii() and host.isprintable()) or set(host) & set(" /[]@"):
         raise ValueError("must be an address or a host name, without scheme and port")
@@ -93,7 +101,15 @@ PerMinute: TypeAlias = Annotated[int, Field(ge=0, le=10**12)]
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[!-~]{1,128}$")]
 """Names travel in headers and labels."""
 
-Tokenizer: TypeAlias = Literal["cl100k_base", "estimate"]
+if TYPE_CHECKING:
+    DialectName: TypeAlias = str
+    ServerName: TypeAlias = str
+else:
+    DialectName = Literal[(*DIALECTS, "local")]
+    ServerName = Literal[("", *SERVERS)]
+
+Jitter: TypeAlias = Literal["full"] | Annotated[float, Field(ge=0, le=1)]
+Spill: TypeAlias = Literal["wait", "now"] | Annotated[float, Field(ge=0, le=3_600_000)]
 
 
 class _Section(BaseModel):
@@ -136,19 +152,32 @@ class CacheSettings(_Section):
     memory_bytes: int = Field(default=2**28, ge=0, le=2**40)
 
 
+class StoresSettings(_Section):
+    """`[stores]`; `data_dir` keeps what must outlive the process."""
+
+    data_dir: str = Field(default="~/.local/share/embedgate", min_length=1)
+
+
 class _Deployment(_Section):
-    requests_per_minute: PerMinute = _LIMITS.requests_per_minute
-    tokens_per_minute: PerMinute = _LIMITS.tokens_per_minute
-    judged_spans_s: Spans = _LIMITS.judged_spans_s
-    max_in_flight: int = Field(default=_LIMITS.max_in_flight, ge=1, le=1024)
-    max_batch_items: int = Field(default=_LIMITS.max_batch_items, ge=1, le=2048)
-    max_batch_tokens: int = Field(default=_LIMITS.max_batch_tokens, ge=1, le=10_000_000)
+    requests_per_minute: PerMinute | None = None
+    tokens_per_minute: PerMinute | None = None
+    tier: Name | Literal[""] = ""
+    headroom: float = Field(default=1.0, gt=0, le=1)
+    judged_spans_s: Spans | None = None
+    max_in_flight: int | None = Field(default=None, ge=1, le=1024)
+    max_batch_items: int | None = Field(default=None, ge=1, le=2048)
+    max_batch_tokens: int | None = Field(default=None, ge=1, le=10_000_000)
     max_batch_bytes: int = Field(default=_LIMITS.max_batch_bytes, ge=1024, le=100_000_000)
+    min_batch_tokens: int = Field(default=_LIMITS.min_batch_tokens, ge=1, le=10_000_000)
+    target_latency_ms: float = Field(default=0, ge=0, le=600_000)
     window_ms: float = Field(default=_LIMITS.window_s * 1000, ge=0, le=1000)
     timeout_s: Seconds = 30.0
-    attempts: int = Field(default=_ATTEMPTS.most, ge=1, le=20)
+    attempts: int = Field(default=_ATTEMPTS.most, ge=1, le=10)
     backoff_base_s: Seconds = _ATTEMPTS.backoff_base_s
     backoff_cap_s: Seconds = _ATTEMPTS.backoff_cap_s
+    jitter: Jitter = "full"
+    cooldown_s: float = Field(default=_ATTEMPTS.cooldown_s, gt=0, le=300)
+    cooldown_cap_s: float = Field(default=_ATTEMPTS.cooldown_cap_s, gt=0, le=300)
     breaker_failures_in_a_row: int = Field(default=_BREAKER.failures_in_a_row, ge=1, le=1000)
     breaker_failure_ratio: float = Field(default=_BREAKER.failure_ratio, gt=0, le=1)
     breaker_ratio_min_calls: int = Field(default=_BREAKER.ratio_min_calls, ge=1, le=100_000)
@@ -158,41 +187,100 @@ class _Deployment(_Section):
     breaker_probe_lease_s: Seconds = _BREAKER.probe_lease_s
     breaker_stall_least_s: Seconds = _BREAKER.stall_least_s
 
-    def limits(self) -> Limits:
-        """What the deployment takes."""
-        return Limits(
-            requests_per_minute=self.requests_per_minute,
-            tokens_per_minute=self.tokens_per_minute,
-            max_in_flight=self.max_in_flight,
-            max_batch_items=self.max_batch_items,
-            max_batch_tokens=self.max_batch_tokens,
+    def _limits(self, *, usual: Limits, quota: Quota) -> Limits:
+        """What the deployment takes: what the file says, else the account's tier, else what is `usual` there."""
+        requests = quota.requests_per_minute if self.requests_per_minute is None else self.requests_per_minute
+        tokens = quota.tokens_per_minute if self.tokens_per_minute is None else self.tokens_per_minute
+        return replace(
+            usual,
+            requests_per_minute=_lowered(requests, self.headroom),
+            tokens_per_minute=_lowered(tokens, self.headroom),
+            max_in_flight=self.max_in_flight or min(usual.max_in_flight, quota.max_in_flight or usual.max_in_flight),
+            max_batch_items=self.max_batch_items or usual.max_batch_items,
+            max_batch_tokens=self.max_batch_tokens or usual.max_batch_tokens,
             max_batch_bytes=self.max_batch_bytes,
             window_s=self.window_ms / 1000,
-            judged_spans_s=self.judged_spans_s,
+            judged_spans_s=self.judged_spans_s or usual.judged_spans_s,
+            min_batch_tokens=self.min_batch_tokens,
+            target_latency_s=self.target_latency_ms / 1000,
         )
 
     def retry(self) -> Attempts:
         """How often and how fast a text is tried again."""
-        return Attempts(self.attempts, self.backoff_base_s, self.backoff_cap_s)
+        return Attempts(
+            self.attempts,
+            self.backoff_base_s,
+            self.backoff_cap_s,
+            None if self.jitter == "full" else self.jitter,
+            self.cooldown_s,
+            self.cooldown_cap_s,
+        )
 
     def breaker(self) -> BreakerPolicy:
         """When the deployment is left alone."""
         return BreakerPolicy(**{f.name: getattr(self, f"breaker_{f.name}") for f in fields(BreakerPolicy)})
 
 
-class OpenAIDeployment(_Deployment):
-    """`[deployments.X]` of dialect `openai`: OpenAI itself, and what speaks like it."""
+def _lowered(per_minute: int, headroom: float) -> int:
+    """A limit with headroom; a small one never becomes 0, which is unlimited."""
+    return max(1, int(per_minute * headroom)) if per_minute else 0
 
-    dialect: Literal["openai"]
-    base_url: Annotated[str, AfterValidator(_base_url)] = f"https://{OPENAI_HOST}/v1"
+
+class RemoteDeployment(_Deployment):
+    """`[deployments.X]` of every dialect but `local`: what is not set here, the vendor's file knows."""
+
+    dialect: DialectName
+    base_url: Annotated[str, AfterValidator(_base_url)] = Field(
+        default_factory=lambda known: DIALECTS[known["dialect"]].base_url if "dialect" in known else ""
+    )
     api_key: OptionalSecret = None
     model: Name
-    takes_token_ids: bool = Field(default_factory=lambda known: _is_openai(known["base_url"]))
+    served_as: Name | Literal[""] = ""
+    server: ServerName = ""
+    api_version: Annotated[str, Field(pattern=r"^[0-9A-Za-z.-]{0,64}$")] = ""
+    auth: Literal["", "api-key", "bearer"] = ""
+    takes_token_ids: bool | None = None
+    proxy_from_environment: bool = False
+    connect_timeout_s: Seconds = 5.0
+    read_timeout_s: Seconds | None = None
 
     @property
-    def is_openai(self) -> bool:
-        """Whether OpenAI itself answers."""
-        return _is_openai(self.base_url)
+    def wire(self) -> type[Dialect]:
+        """What is spoken there."""
+        return SERVERS[self.server] if self.server else DIALECTS[self.dialect]
+
+    @property
+    def card(self) -> ModelCard | None:
+        """What the vendor publishes about the model; None: nothing that is known."""
+        return self.wire.models.get(self.model)
+
+    @property
+    def is_vendors(self) -> bool:
+        """Whether the vendor itself answers, so that what it publishes holds."""
+        return self.wire.base_url != "" and urlsplit(self.base_url).hostname == urlsplit(self.wire.base_url).hostname
+
+    @property
+    def understands_token_ids(self) -> bool:
+        """Whether token arrays go there as they are: a vendor's own host is known to read them, nobody else is."""
+        if self.takes_token_ids is not None:
+            return self.takes_token_ids
+        return self.wire.takes_token_ids and (self.is_vendors or not self.wire.base_url)
+
+    @property
+    def quota(self) -> Quota:
+        """What the account's tier allows; nothing when no tier is named."""
+        return self.card.tiers.get(self.tier, Quota()) if self.card is not None else Quota()
+
+    def limits(self) -> Limits:
+        """What the deployment takes."""
+        wire, card = self.wire, self.card
+        usual = Limits(
+            max_batch_items=(card and card.max_batch_items) or wire.max_batch_items,
+            max_batch_tokens=(card and card.max_batch_tokens) or wire.max_batch_tokens,
+            judged_spans_s=wire.judged_spans_s,
+            counts_texts=wire.counts_texts,
+        )
+        return self._limits(usual=usual, quota=self.quota)
 
 
 class LocalDeployment(_Deployment):
@@ -201,9 +289,11 @@ class LocalDeployment(_Deployment):
     dialect: Literal["local"]
     path: str = ""
     pooling: Literal["", "mean", "cls", "max", "last", "mean_sqrt_len"] = ""
-    max_in_flight: int = Field(default=2, ge=1, le=1024)  # one runs, one is ready to
-    max_batch_tokens: int = Field(default=8192, ge=1, le=10_000_000)  # a lone text waits for the call before it
     breaker_stall_least_s: Seconds = 30.0  # long texts after short ones are slow, not dead
+
+    def limits(self) -> Limits:
+        """What the deployment takes: one call runs, one is ready to, and a lone text waits for the call before it."""
+        return self._limits(usual=Limits(max_in_flight=2, max_batch_tokens=8192), quota=Quota())
 
     @property
     def model(self) -> str:
@@ -211,7 +301,14 @@ class LocalDeployment(_Deployment):
         return Path(self.path).expanduser().resolve().name if self.path else BUILT_IN_MODEL
 
 
-DeploymentSettings: TypeAlias = Annotated[OpenAIDeployment | LocalDeployment, Field(discriminator="dialect")]
+def _kind(given: object) -> str:
+    dialect = given.get("dialect") if isinstance(given, dict) else getattr(given, "dialect", None)
+    return "local" if dialect == "local" else "remote"
+
+
+DeploymentSettings: TypeAlias = Annotated[
+    Annotated[RemoteDeployment, Tag("remote")] | Annotated[LocalDeployment, Tag("local")], Discriminator(_kind)
+]
 
 
 class ModelSettings(_Section):
@@ -220,11 +317,33 @@ class ModelSettings(_Section):
     deployments: Names
     dimensions: int | None = Field(default=None, ge=1, le=65536)
     max_input_tokens: int | None = Field(default=None, ge=1, le=10_000_000)
-    tokenizer: Tokenizer | None = None
+    tokenizer: str | None = None
     cuts_dimensions: bool | None = None
     token_ids: Literal["cl100k_base"] = "cl100k_base"  # noqa: S105
-    long_input: Literal["error"] = "error"
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+    input_type: InputType | None = None
+    long_input: Literal["error", "truncate", "mean"] = "error"
+    overlap_tokens: int = Field(default=64, ge=0, le=100_000)
     same_space: bool = False
+    order: Literal["listed", "spread"] = "listed"
+    spill: Spill = "wait"
+    on_outage: Name | Literal[""] = ""
+    canary_interval_s: float = Field(default=3600, ge=0, le=31_536_000)
+    canary_cosine: float = Field(default=0.999, gt=0, le=1)
+
+    @property
+    def truncation(self) -> Truncation:
+        """What becomes of long texts."""
+        ways: dict[str, Truncation] = {"error": "none", "truncate": "end", "mean": "mean"}
+        return ways[self.long_input]
+
+    @property
+    def spill_s(self) -> float:
+        """The longest wait for quota that is waited; longer ones go to the next deployment."""
+        if isinstance(self.spill, str):
+            return math.inf if self.spill == "wait" else 0.0
+        return self.spill / 1000
 
 
 class TenantSettings(_Section):
@@ -247,11 +366,14 @@ class ModelFacts:
     upstream: str
     dimensions: int | None
     max_input_tokens: int | None
-    tokenizer: Tokenizer | None
+    tokenizer: str | None
     cuts_dimensions: bool
     unit_norm: bool
-    created: int
-    owned_by: str
+    sizes: Sequence[int] = ()
+    prompts: tuple[tuple[InputType, str], ...] = ()
+    default_input_type: InputType | None = None
+    created: int = 0
+    owned_by: str = "embedgate"
 
 
 class Settings(_Section):
@@ -260,6 +382,7 @@ class Settings(_Section):
     server: ServerSettings = ServerSettings()
     queue: QueueSettings = QueueSettings()
     cache: CacheSettings = CacheSettings()
+    stores: StoresSettings = StoresSettings()
     deployments: Annotated[dict[Name, DeploymentSettings], Field(min_length=1)]
     models: Annotated[dict[Name, ModelSettings], Field(min_length=1)]
     tenants: dict[Name, TenantSettings] = {}
@@ -267,19 +390,23 @@ class Settings(_Section):
     def facts(self, name: str) -> ModelFacts:
         """What the configuration, then the catalog, knows of the model `name`."""
         model, first = self.models[name], self.deployments[self.models[name].deployments[0]]
-        remote = isinstance(first, OpenAIDeployment)
-        known = CATALOG.get(first.model) if remote else None
+        remote = isinstance(first, RemoteDeployment)
+        card = first.card if isinstance(first, RemoteDeployment) else None
+        stated: tuple[tuple[InputType, str | None], ...]
+        stated = (("query", model.query_prompt), ("document", model.document_prompt))
+        prompts = dict(card.prompts if card else ()) | {kind: text for kind, text in stated if text is not None}
         return ModelFacts(
             upstream=first.model,
-            dimensions=model.dimensions or (known.dimensions if known else None),
-            max_input_tokens=model.max_input_tokens or (known.max_input_tokens if known else 8192 if remote else None),
-            tokenizer=model.tokenizer or ("cl100k_base" if known else "estimate" if remote else None),
-            cuts_dimensions=bool(known and known.cuts_dimensions)
-            if model.cuts_dimensions is None
-            else model.cuts_dimensions,
-            unit_norm=known.unit_norm if known else False,
-            created=known.created if known else 0,
-            owned_by=known.owned_by if known else "embedgate",
+            dimensions=model.dimensions or (card.dimensions if card else None),
+            max_input_tokens=model.max_input_tokens or (card.max_input_tokens if card else 8192 if remote else None),
+            tokenizer=model.tokenizer or (card.tokenizer if card else "estimate" if remote else None),
+            cuts_dimensions=bool(card and card.matryoshka) if model.cuts_dimensions is None else model.cuts_dimensions,
+            unit_norm=card is not None,
+            sizes=card.sizes if card else (),
+            prompts=tuple(prompts.items()),
+            default_input_type=model.input_type or (card.default_input_type if card else None),
+            created=card.created if card else 0,
+            owned_by=(card.owned_by if card else "") or "embedgate",
         )
 
 
@@ -290,7 +417,8 @@ FIELDS: Final[Mapping[str, Mapping[str, FieldInfo]]] = MappingProxyType(
         "server": ServerSettings.model_fields,
         "queue": QueueSettings.model_fields,
         "cache": CacheSettings.model_fields,
-        "deployments": OpenAIDeployment.model_fields | LocalDeployment.model_fields,
+        "stores": StoresSettings.model_fields,
+        "deployments": RemoteDeployment.model_fields | LocalDeployment.model_fields,
         "models": ModelSettings.model_fields,
         "tenants": TenantSettings.model_fields,
     }
@@ -308,7 +436,6 @@ LATER: Final[Mapping[str, Mapping[str, tuple[object, ...]]]] = MappingProxyType(
         "stores": {
             "redis_url": ("",),
             "database_url": ("",),
-            "data_dir": ("~/.local/share/embedgate",),
             "cache_redis_url": ("",),
             "max_replicas": (4,),
         },
@@ -319,8 +446,7 @@ LATER: Final[Mapping[str, Mapping[str, tuple[object, ...]]]] = MappingProxyType(
             "float16": (False,),
             "compression": ("none",),
         },
-        "deployments": {"tier": ("",), "headroom": (1.0,), "device": ("", "cpu"), "jitter": ("full",)},
-        "models": {"on_outage": ("",), "order": ("listed",), "spill": ("wait",)},
+        "deployments": {"device": ("", "cpu")},
         "tenants": {
             "budget_usd_per_month": (0,),
             "budget_usd_per_day": (0,),
@@ -334,6 +460,4 @@ LATER: Final[Mapping[str, Mapping[str, tuple[object, ...]]]] = MappingProxyType(
 )
 """Names of the grammar that this version takes only with a value that changes nothing."""
 
-LATER_SECTIONS: Final = frozenset({"stores", "bulk", "tracing", "embed", "index"})
-LATER_VALUES: Final = frozenset({"azure", "gemini", "voyage", "cohere", "mistral", "jina", "truncate", "mean"})
-"""Dialects, and ways to treat long inputs."""
+LATER_SECTIONS: Final = frozenset({"bulk", "tracing", "embed", "index"})

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from pydantic_core import ErrorDetails
 
-from app.settings.grammar import FIELDS, LATER, LATER_SECTIONS, LATER_VALUES
+from app.settings.grammar import FIELDS, LATER, LATER_SECTIONS
 from app.settings.places import KeyPath
 
 NOT_YET = "is not supported by this version yet"
@@ -82,7 +82,5 @@ def _unknown_value(name: str, value: object, expected: str) -> str:
     known = [choice for choice in re.findall(r"'([^']*)'", expected) if choice]
     if not isinstance(value, str):
         return _TYPES["string_type"]
-    if value in LATER_VALUES:
-        return f"'{value}' {NOT_YET}"
     shown = "".join(c for c in value[:40] if c.isprintable())
     return f"unknown {name} '{shown}'" + (guess(value, known) or f"; it may be {', '.join(known)}")

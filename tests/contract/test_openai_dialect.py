@@ -7,11 +7,13 @@ import pytest
 
 from app.domain import Space, Text
 from app.errors import ConfigurationError, MalformedReply, Transient
-from app.providers.openai import OpenAIProvider
+from app.providers.openai import OpenAI
+from app.providers.remote import RemoteProvider
 from app.vectors import cut
 from tests.emulators import faults
 from tests.emulators.openai import OpenAIEmulator
 from tests.identity import identifying_vector, identifying_vectors
+from tests.remote import remote
 
 MODEL = "text-embedding-3-small"
 SPACE = Space(MODEL, 1536)
@@ -26,14 +28,14 @@ async def emulator() -> AsyncIterator[OpenAIEmulator]:
 
 
 @pytest.fixture
-async def provider(emulator: OpenAIEmulator) -> AsyncIterator[OpenAIProvider]:
+async def provider(emulator: OpenAIEmulator) -> AsyncIterator[RemoteProvider]:
     """The dialect, pointed at the emulator."""
-    made = OpenAIProvider(emulator.base_url, emulator.api_key, MODEL)
+    made = remote(OpenAI, emulator.base_url, emulator.api_key, MODEL)
     yield made
     await made.aclose()
 
 
-async def test_only_what_is_needed_is_asked(provider: OpenAIProvider, emulator: OpenAIEmulator) -> None:
+async def test_only_what_is_needed_is_asked(provider: RemoteProvider, emulator: OpenAIEmulator) -> None:
     """A call names model, texts and base64, and sends the key in its header and nowhere else."""
     await provider.embed(TEXTS, SPACE, timeout_s=10)
     (arrival,) = emulator.arrivals
@@ -46,7 +48,7 @@ async def test_only_what_is_needed_is_asked(provider: OpenAIProvider, emulator: 
 async def test_no_key_sends_no_key() -> None:
     """A server without authentication sees no Authorization header."""
     async with OpenAIEmulator(api_key=None) as emulator:
-        provider = OpenAIProvider(emulator.base_url, None, MODEL)
+        provider = remote(OpenAI, emulator.base_url, None, MODEL)
         await provider.embed(TEXTS, SPACE, timeout_s=10)
         await provider.aclose()
         assert "authorization" not in emulator.arrivals[0].headers
@@ -59,7 +61,7 @@ async def test_the_environment_and_cookies_change_nothing(
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "")
-    provider = OpenAIProvider(emulator.base_url, emulator.api_key, MODEL)
+    provider = remote(OpenAI, emulator.base_url, emulator.api_key, MODEL)
     emulator.inject(faults.status(500, headers={"set-cookie": "session=1; path=/"}), calls=1)
     with pytest.raises(Transient):
         await provider.embed(TEXTS, SPACE, timeout_s=10)
@@ -71,7 +73,7 @@ async def test_the_environment_and_cookies_change_nothing(
 def test_a_key_that_no_header_can_carry_is_refused_at_once() -> None:
     """A key with a line break stops the boot, and the message does not hold it."""
     with pytest.raises(ConfigurationError) as refused:
-        OpenAIProvider("http://127.0.0.1:1/v1", "sk-secret\n", MODEL)
+        remote(OpenAI, "http://127.0.0.1:1/v1", "sk-secret\n", MODEL)
     assert "sk-secret" not in str(refused.value)
 
 
@@ -80,21 +82,21 @@ def test_a_key_that_no_header_can_carry_is_refused_at_once() -> None:
     [([""], ""), (["one"], "one"), ([(3923, 374)], [[3923, 374]]), ([(3923,), (374,)], [[3923], [374]])],
 )
 async def test_a_lone_text_travels_alone(
-    provider: OpenAIProvider, emulator: OpenAIEmulator, texts: list[Text], sent: object
+    provider: RemoteProvider, emulator: OpenAIEmulator, texts: list[Text], sent: object
 ) -> None:
     """One string travels without a list, since OpenAI refuses "" in a list; token ids always travel as arrays."""
     await provider.embed(texts, SPACE, timeout_s=10)
     assert emulator.arrivals[0].body["input"] == sent
 
 
-async def test_token_ids_get_the_vector_of_their_text(provider: OpenAIProvider) -> None:
+async def test_token_ids_get_the_vector_of_their_text(provider: RemoteProvider) -> None:
     """Ids of the provider's vocabulary and the text they stand for are one and the same."""
     reply = await provider.embed([(15339, 1917)], SPACE, timeout_s=10)  # "hello world"
     np.testing.assert_array_equal(reply.vectors[0], identifying_vector("hello world", MODEL, 1536))
     assert reply.tokens_billed == 2
 
 
-async def test_a_mixed_batch_is_our_bug(provider: OpenAIProvider) -> None:
+async def test_a_mixed_batch_is_our_bug(provider: RemoteProvider) -> None:
     """Strings and token ids have no common JSON, so a batch of both never leaves."""
     with pytest.raises(RuntimeError, match="bug"):
         await provider.embed(["one", (2,)], SPACE, timeout_s=10)
@@ -102,7 +104,7 @@ async def test_a_mixed_batch_is_our_bug(provider: OpenAIProvider) -> None:
 
 async def test_dimensions_are_asked_for(emulator: OpenAIEmulator) -> None:
     """A deployment that buys a smaller width says so, and gets the vendor's own cut."""
-    provider = OpenAIProvider(emulator.base_url, emulator.api_key, MODEL, dimensions=256)
+    provider = remote(OpenAI, emulator.base_url, emulator.api_key, MODEL, width=256)
     reply = await provider.embed(TEXTS, Space(MODEL, 256), timeout_s=10)
     await provider.aclose()
     assert emulator.arrivals[0].body["dimensions"] == 256
@@ -114,7 +116,7 @@ async def test_dimensions_are_asked_for(emulator: OpenAIEmulator) -> None:
     "fault", [faults.out_of_order, faults.no_index, faults.as_floats, faults.slow_body(pieces=50, pause_s=0.0)]
 )
 async def test_an_odd_but_true_reply_is_understood(
-    provider: OpenAIProvider, emulator: OpenAIEmulator, fault: faults.Fault
+    provider: RemoteProvider, emulator: OpenAIEmulator, fault: faults.Fault
 ) -> None:
     """Another order, no index at all, floats instead of base64 and many small pieces give the same vectors."""
     emulator.inject(fault)
@@ -122,7 +124,7 @@ async def test_an_odd_but_true_reply_is_understood(
     np.testing.assert_array_equal(reply.vectors, identifying_vectors(TEXTS, MODEL, 1536))
 
 
-async def test_base64_may_have_escaped_slashes(provider: OpenAIProvider, emulator: OpenAIEmulator) -> None:
+async def test_base64_may_have_escaped_slashes(provider: RemoteProvider, emulator: OpenAIEmulator) -> None:
     r"""Some servers write / as \/, which is the same JSON string."""
 
     async def escaped(wire: faults.Wire, content: bytes) -> None:
@@ -134,7 +136,7 @@ async def test_base64_may_have_escaped_slashes(provider: OpenAIProvider, emulato
 
 
 async def test_floats_make_calls_small_and_base64_makes_them_large(
-    provider: OpenAIProvider, emulator: OpenAIEmulator
+    provider: RemoteProvider, emulator: OpenAIEmulator
 ) -> None:
     """A deployment is asked for few vectors until it has answered base64, and again after it answered floats."""
     at_first = provider.max_items
@@ -163,7 +165,7 @@ async def test_a_reply_of_another_model_is_no_answer(
 ) -> None:
     """The reply names the model that was asked, a dated release of it or none; else only where aliases are allowed."""
     emulator.inject(faults.altered(lambda reply: reply.update(model=named)))
-    provider = OpenAIProvider(emulator.base_url, emulator.api_key, MODEL, any_model_name=any_name)
+    provider = remote(OpenAI, emulator.base_url, emulator.api_key, MODEL, any_name=any_name)
     try:
         if accepted:
             await provider.embed(TEXTS, SPACE, timeout_s=10)
@@ -190,7 +192,7 @@ async def test_a_reply_of_another_model_is_no_answer(
     ],
 )
 async def test_a_count_of_tokens_is_believed_only_if_it_may_be_true(
-    provider: OpenAIProvider, emulator: OpenAIEmulator, usage: object, tokens: int | None
+    provider: RemoteProvider, emulator: OpenAIEmulator, usage: object, tokens: int | None
 ) -> None:
     """A count that is missing, no integer, negative or larger than the request does not spoil the vectors."""
     emulator.inject(faults.altered(lambda reply: reply.update(usage=usage)))
@@ -200,7 +202,7 @@ async def test_a_count_of_tokens_is_believed_only_if_it_may_be_true(
 async def test_the_largest_call_is_understood() -> None:
     """2,048 texts of a megabyte and a half go out and come back in order."""
     async with OpenAIEmulator(constant=True) as emulator:
-        provider = OpenAIProvider(emulator.base_url, emulator.api_key, MODEL)
+        provider = remote(OpenAI, emulator.base_url, emulator.api_key, MODEL)
         texts = [f"{number} " + "word " * 150 for number in range(2048)]
         reply = await provider.embed(texts, SPACE, timeout_s=30)
         await provider.aclose()

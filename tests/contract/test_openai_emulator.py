@@ -10,7 +10,8 @@ import pytest
 from app.vectors import cut
 from tests.emulators import faults
 from tests.emulators.judge import Judge
-from tests.emulators.openai import Bill, OpenAIEmulator
+from tests.emulators.openai import OpenAIEmulator
+from tests.emulators.server import Bill
 from tests.identity import identifying_vector
 
 SMALL = "text-embedding-3-small"

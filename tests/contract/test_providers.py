@@ -1,48 +1,48 @@
-"""What every Provider promises, over every implementation: add an adapter to `ADAPTERS` and it is held to it."""
+"""What every Provider promises, over every implementation in `adapters.py`."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TypeAlias
+from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
 
 from app import vectors
-from app.domain import Space
-from app.errors import CallTimeout
-from app.ports import Provider
-from app.providers.openai import OpenAIProvider
-from tests.emulators.openai import OpenAIEmulator
+from app.errors import (
+    BadCredential,
+    CallTimeout,
+    InputRefused,
+    MalformedReply,
+    Misconfigured,
+    ProviderError,
+    Throttled,
+    Transient,
+    Unreachable,
+)
+from tests.contract.adapters import ADAPTERS, Subject
+from tests.emulators import faults, server
+from tests.emulators.server import Damage, Emulator
 
-Subject: TypeAlias = tuple[Provider, Space]
 TEXTS = ["the cat sat on the mat", "ein ganz anderer Satz", "три", "a much longer text " * 20]
 
 
-@asynccontextmanager
-async def openai_provider() -> AsyncIterator[Subject]:
-    """The OpenAI dialect against the emulator."""
-    async with OpenAIEmulator() as emulator:
-        provider = OpenAIProvider(emulator.base_url, emulator.api_key, "text-embedding-3-small", max_in_flight=4)
-        try:
-            yield provider, Space("text-embedding-3-small", 1536)
-        finally:
-            await provider.aclose()
-
-
-ADAPTERS: list[Callable[[], AbstractAsyncContextManager[Subject]]] = [openai_provider]
-
-
-@pytest.fixture(params=ADAPTERS, ids=lambda adapter: adapter.__name__)
+@pytest.fixture(params=list(ADAPTERS.values()), ids=list(ADAPTERS))
 async def subject(request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
     """Each implementation in turn."""
     async with request.param() as made:
         yield made
 
 
+@pytest.fixture
+def emulator(subject: Subject) -> Emulator:
+    """What the implementation calls; those that call nobody have nothing to show here."""
+    if subject.emulator is None:
+        pytest.skip("calls nobody")
+    return subject.emulator
+
+
 async def test_each_text_gets_one_valid_vector(subject: Subject) -> None:
     """Rows are float32, finite, not zero, as many as texts and as wide as the Space."""
-    provider, space = subject
+    provider, space = subject.provider, subject.space
     reply = await provider.embed(TEXTS, space, timeout_s=30)
     assert reply.vectors.dtype == np.float32
     vectors.check(reply.vectors, len(TEXTS), space.dimensions, unit_norm=space.normalised)
@@ -50,7 +50,7 @@ async def test_each_text_gets_one_valid_vector(subject: Subject) -> None:
 
 async def test_row_i_answers_text_i(subject: Subject) -> None:
     """A text's vector follows the text when the order changes, and is the one that it gets alone."""
-    provider, space = subject
+    provider, space = subject.provider, subject.space
     forward = (await provider.embed(TEXTS, space, timeout_s=30)).vectors
     backward = (await provider.embed(TEXTS[::-1], space, timeout_s=30)).vectors
     np.testing.assert_allclose(np.vecdot(forward, backward[::-1]), 1.0, atol=1e-2)
@@ -61,21 +61,14 @@ async def test_row_i_answers_text_i(subject: Subject) -> None:
 
 async def test_different_texts_get_different_vectors(subject: Subject) -> None:
     """No two of the texts share a vector."""
-    provider, space = subject
+    provider, space = subject.provider, subject.space
     found = (await provider.embed(TEXTS, space, timeout_s=30)).vectors
     assert (found @ found.T - np.eye(len(TEXTS)) < 0.99).all()
 
 
-async def test_a_lone_empty_text_is_answered(subject: Subject) -> None:
-    """An empty text that travels alone gets a vector."""
-    provider, space = subject
-    reply = await provider.embed([""], space, timeout_s=30)
-    vectors.check(reply.vectors, 1, space.dimensions, unit_norm=space.normalised)
-
-
 async def test_the_bill_grows_with_the_text(subject: Subject) -> None:
     """Tokens are counted over the whole call, or not at all."""
-    provider, space = subject
+    provider, space = subject.provider, subject.space
     short = (await provider.embed(TEXTS[:1], space, timeout_s=30)).tokens_billed
     long = (await provider.embed(TEXTS, space, timeout_s=30)).tokens_billed
     if short is not None or long is not None:
@@ -86,13 +79,13 @@ async def test_the_bill_grows_with_the_text(subject: Subject) -> None:
 
 async def test_at_least_one_vector_may_be_asked_for(subject: Subject) -> None:
     """There is always a legal call."""
-    provider, _ = subject
+    provider = subject.provider
     assert provider.max_items >= 1
 
 
 async def test_calls_side_by_side_do_not_mix(subject: Subject) -> None:
     """Concurrent calls each get what they get alone."""
-    provider, space = subject
+    provider, space = subject.provider, subject.space
     alone = (await provider.embed(TEXTS, space, timeout_s=30)).vectors
     replies = await asyncio.gather(*(provider.embed([text], space, timeout_s=30) for text in TEXTS * 3))
     for reply, row in zip(replies, [*alone, *alone, *alone], strict=True):
@@ -101,7 +94,7 @@ async def test_calls_side_by_side_do_not_mix(subject: Subject) -> None:
 
 async def test_no_time_is_a_time_out(subject: Subject) -> None:
     """A call that may take no time at all ends as CallTimeout and the next one succeeds."""
-    provider, space = subject
+    provider, space = subject.provider, subject.space
     with pytest.raises(CallTimeout):
         await provider.embed(TEXTS, space, timeout_s=0)
     await provider.embed(TEXTS, space, timeout_s=30)
@@ -109,7 +102,7 @@ async def test_no_time_is_a_time_out(subject: Subject) -> None:
 
 async def test_a_cancelled_call_leaves_a_working_provider(subject: Subject) -> None:
     """Calls cancelled at many points leave no task behind, and the next call succeeds."""
-    provider, space = subject
+    provider, space = subject.provider, subject.space
     before = asyncio.all_tasks()
     for turns in range(20):
         call = asyncio.create_task(provider.embed(TEXTS, space, timeout_s=30))
@@ -119,3 +112,141 @@ async def test_a_cancelled_call_leaves_a_working_provider(subject: Subject) -> N
         await asyncio.gather(call, return_exceptions=True)
     await provider.embed(TEXTS, space, timeout_s=30)
     assert asyncio.all_tasks() <= before
+
+
+# ── those who call somebody ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def failure(subject: Subject, timeout_s: float = 10) -> ProviderError:
+    """The error of one call as the dispatcher makes it; it tells neither text nor key."""
+    with pytest.raises(ProviderError) as failed:
+        reply = await subject.provider.embed(TEXTS, subject.space, timeout_s=timeout_s)
+        vectors.check(reply.vectors, len(TEXTS), subject.space.dimensions, unit_norm=subject.space.normalised)
+    shown = f"{failed.value} {failed.value!r} {failed.value.__cause__}"
+    assert not any(text in shown for text in TEXTS)
+    if subject.emulator is not None and subject.emulator.api_key:
+        assert subject.emulator.api_key not in shown
+    return failed.value
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (400, InputRefused),
+        (401, BadCredential),
+        (404, Misconfigured),
+        (413, InputRefused),
+        (429, Throttled),
+        (500, Transient),
+        (502, Transient),
+        (503, Transient),
+        (504, Transient),
+        (529, Transient),
+    ],
+)
+async def test_a_status_has_one_meaning(
+    subject: Subject, emulator: Emulator, status: int, expected: type[ProviderError]
+) -> None:
+    """Whoever fails, and whatever stands beside the status, the same is to be done; then the next call succeeds."""
+    for body in (b"", b"<html>sorry</html>", b"null", b'"no"', b"{}", b'{"error":"no"}', b'[{"error":{}}]', b"[" * 999):
+        emulator.inject(faults.status(status, body), calls=1)
+        assert type(await failure(subject)) is expected
+    await subject.provider.embed(TEXTS, subject.space, timeout_s=10)
+
+
+async def test_a_throttle_says_when_to_come_back(subject: Subject, emulator: Emulator) -> None:
+    """`Retry-After` is understood everywhere."""
+    emulator.inject(faults.status(429, b"{}", {"retry-after": "7"}))
+    failed = await failure(subject)
+    assert isinstance(failed, Throttled)
+    assert failed.retry_after_s == 7
+
+
+async def test_the_vendors_own_limit_is_understood(subject: Subject, emulator: Emulator) -> None:
+    """A call beyond the vendor's limit is a throttle in the vendor's own words."""
+    emulator.judge.requests_per_minute = len(TEXTS)
+    for _ in range(len(TEXTS)):
+        try:
+            await subject.provider.embed(TEXTS, subject.space, timeout_s=10)
+        except Throttled:
+            break
+    assert isinstance(await failure(subject), Throttled)
+
+
+async def test_a_foreign_key_is_the_operators(subject: Subject, emulator: Emulator) -> None:
+    """The vendor's own answer to a key that it does not know, whatever its status."""
+    emulator.api_key = "another-key"
+    assert type(await failure(subject)) is BadCredential
+
+
+async def test_one_bad_text_refuses_its_call(subject: Subject, emulator: Emulator) -> None:
+    """The vendor's own refusal of a text; without that text the call succeeds."""
+    emulator.poison.add(TEXTS[1])
+    assert type(await failure(subject)) is InputRefused
+    await subject.provider.embed([TEXTS[0], *TEXTS[2:]], subject.space, timeout_s=10)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        server.one_short,
+        server.one_too_many,
+        server.narrower,
+        server.wider,
+        server.not_a_number,
+        server.infinite,
+        server.zeros,
+    ],
+    ids=["short", "surplus", "narrower", "wider", "nan", "infinite", "zeros"],
+)
+async def test_what_was_not_asked_for_is_malformed(subject: Subject, emulator: Emulator, damage: Damage) -> None:
+    """Too few or too many vectors, other widths and what is no direction are refused; then the next call succeeds."""
+    emulator.spoil(damage, calls=1)
+    assert type(await failure(subject)) is MalformedReply
+    await subject.provider.embed(TEXTS, subject.space, timeout_s=10)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"null", b"[]", b"{}", b"[" * 100_000, b"\xff", b"<html>", b'{"error":{"message":"no"}}', b'{"data":[1]}'],
+)
+async def test_a_body_that_is_no_answer_is_malformed(subject: Subject, emulator: Emulator, content: bytes) -> None:
+    """A 200 with anything else in it is no answer."""
+    emulator.inject(faults.body(content), calls=1)
+    assert type(await failure(subject)) is MalformedReply
+
+
+@pytest.mark.parametrize("fault", [faults.gzip_bomb, faults.endless_body], ids=["gzip bomb", "endless"])
+async def test_a_flood_is_cut_off(subject: Subject, emulator: Emulator, fault: faults.Fault) -> None:
+    """A reply that would not fit any honest answer is not read to its end."""
+    emulator.inject(fault, calls=1)
+    assert type(await failure(subject)) is MalformedReply
+
+
+@pytest.mark.parametrize("fault", [faults.reset, faults.half_body], ids=["reset", "half a body"])
+async def test_a_broken_connection_is_worth_another_try(
+    subject: Subject, emulator: Emulator, fault: faults.Fault
+) -> None:
+    """It may have cost something."""
+    emulator.inject(fault, calls=1)
+    failed = await failure(subject)
+    assert type(failed) is Transient
+    assert failed.counted
+    await subject.provider.embed(TEXTS, subject.space, timeout_s=10)
+
+
+@pytest.mark.parametrize("fault", [faults.hang, faults.stalled_body], ids=["hang", "stalled"])
+async def test_the_deadline_is_for_the_whole_call(subject: Subject, emulator: Emulator, fault: faults.Fault) -> None:
+    """Silence ends when the call's time is over."""
+    await subject.provider.embed(TEXTS, subject.space, timeout_s=10)
+    emulator.inject(fault, calls=1)
+    assert type(await failure(subject, timeout_s=0.1)) is CallTimeout
+    await subject.provider.embed(TEXTS, subject.space, timeout_s=10)
+
+
+async def test_where_nobody_listens_nothing_was_counted(subject: Subject, emulator: Emulator) -> None:
+    """A closed port costs nothing."""
+    await emulator.__aexit__()
+    failed = await failure(subject)
+    assert type(failed) is Unreachable
+    assert not failed.counted

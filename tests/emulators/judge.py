@@ -1,33 +1,34 @@
-"""Hides how a provider counts: a strict sliding minute over requests and tokens, and its 429s word for word."""
+"""Hides how a provider counts: a strict sliding minute over requests and tokens."""
 
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
-
-from tests.emulators.faults import error_body
+from typing import Literal, NamedTuple, TypeAlias
 
 Window: TypeAlias = deque[tuple[float, int]]
+Kind: TypeAlias = Literal["requests", "tokens"]
 
 
-class RefusalError(Exception):
-    """An answer in OpenAI's error envelope."""
+class OverLimit(Exception):
+    """A call that is too much; `wait_s` until it would not be, infinite if it never can be."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        kind: str = "invalid_request_error",
-        *,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = headers or {}
-        self.body = error_body(message, kind, code=code)
+    def __init__(self, kind: Kind, limit: int, used: int, asked: int, wait_s: float) -> None:
+        super().__init__(kind)
+        self.kind = kind
+        self.limit = limit
+        self.used = used
+        self.asked = asked
+        self.wait_s = wait_s
+
+
+class Level(NamedTuple):
+    """How one limit stands: what it allows, what is left of it, when all of it is back."""
+
+    limit: int
+    left: int
+    reset_s: float
 
 
 @dataclass(slots=True)
@@ -41,42 +42,34 @@ class Judge:
     _requests: Window = field(default_factory=deque)
     _tokens: Window = field(default_factory=deque)
 
-    def admit(self, model: str, tokens: int) -> dict[str, str]:
-        """The rate limit headers of an admitted call; raises RefusalError (429) for one that is too much."""
-        asks = (
-            ("requests", "requests per min (RPM)", self.requests_per_minute, self._requests, 1),
-            ("tokens", "tokens per min (TPM)", self.tokens_per_minute, self._tokens, tokens),
-        )
+    def admit(self, requests: int, tokens: int) -> None:
+        """Counts a call, or raises OverLimit for one that is too much."""
         now = self.clock()
-        for kind, unit, limit, window, amount in asks:
+        asks: list[tuple[Kind, int, Window, int]] = [
+            ("requests", self.requests_per_minute, self._requests, requests),
+            ("tokens", self.tokens_per_minute, self._tokens, tokens),
+        ]
+        for kind, limit, window, amount in asks:
             while window and window[0][0] <= now - 60:
                 window.popleft()
             used = sum(spent for _, spent in window)
             if limit and used + amount > limit:
                 self.refusals += 1
-                whose = f"for {model} in organization org-emulator on {unit}: Limit {limit}"
-                raise self._refusal(kind, whose, used, amount, _room_in_s(window, limit - amount, now))
-        headers: dict[str, str] = {}
-        for kind, _, limit, window, amount in asks:
+                raise OverLimit(kind, limit, used, amount, _room_in_s(window, limit - amount, now))
+        for _, _, window, amount in asks:
             window.append((now, amount))
-            if limit:
-                headers |= self._headers(kind, limit, window, now)
-        return headers
 
-    def _refusal(self, kind: str, whose: str, used: int, amount: int, wait_s: float) -> RefusalError:
-        if math.isinf(wait_s):
-            text = f"Request too large {whose}, Requested {amount}. The input or output tokens must be reduced."
-            return RefusalError(429, text, kind, code="rate_limit_exceeded")
-        text = f"Rate limit reached {whose}, Used {used}, Requested {amount}. Please try again in {wait_s:.3f}s."
-        headers = {"retry-after": str(math.ceil(wait_s)), "retry-after-ms": str(math.ceil(wait_s * 1000))}
-        return RefusalError(429, text, kind, code="rate_limit_exceeded", headers=headers)
-
-    def _headers(self, kind: str, limit: int, window: Window, now: float) -> dict[str, str]:
-        left = limit - sum(spent for _, spent in window)
+    def levels(self) -> dict[Kind, Level]:
+        """How the limits stand; those that there are."""
+        now = self.clock()
+        limits: list[tuple[Kind, int, Window]] = [
+            ("requests", self.requests_per_minute, self._requests),
+            ("tokens", self.tokens_per_minute, self._tokens),
+        ]
         return {
-            f"x-ratelimit-limit-{kind}": str(limit),
-            f"x-ratelimit-remaining-{kind}": str(left),
-            f"x-ratelimit-reset-{kind}": f"{_room_in_s(window, 0, now):.3f}s",
+            kind: Level(limit, limit - sum(spent for _, spent in window), _room_in_s(window, 0, now))
+            for kind, limit, window in limits
+            if limit
         }
 
 

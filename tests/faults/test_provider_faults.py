@@ -24,11 +24,13 @@ from app.errors import (
     Transient,
     Unreachable,
 )
-from app.providers.openai import OpenAIProvider
+from app.providers.openai import OpenAI
+from app.providers.remote import RemoteProvider
 from tests.emulators import faults
 from tests.emulators.judge import Judge
 from tests.emulators.openai import OpenAIEmulator
 from tests.identity import identifying_vectors
+from tests.remote import remote
 
 MODEL = "text-embedding-3-small"
 SPACE = Space(MODEL, 1536)
@@ -44,14 +46,14 @@ async def emulator() -> AsyncIterator[OpenAIEmulator]:
 
 
 @pytest.fixture
-async def provider(emulator: OpenAIEmulator) -> AsyncIterator[OpenAIProvider]:
+async def provider(emulator: OpenAIEmulator) -> AsyncIterator[RemoteProvider]:
     """The dialect, pointed at the emulator."""
-    made = OpenAIProvider(emulator.base_url, KEY, MODEL, max_in_flight=8)
+    made = remote(OpenAI, emulator.base_url, KEY, MODEL, max_in_flight=8)
     yield made
     await made.aclose()
 
 
-async def failure(provider: OpenAIProvider, *, timeout_s: float = 10) -> ProviderError:
+async def failure(provider: RemoteProvider, *, timeout_s: float = 10) -> ProviderError:
     """The error of one call, checked: it is exactly a ProviderError and tells no secret."""
     with pytest.raises(ProviderError) as failed:
         await checked(provider, timeout_s)
@@ -61,7 +63,7 @@ async def failure(provider: OpenAIProvider, *, timeout_s: float = 10) -> Provide
     return failed.value
 
 
-async def checked(provider: OpenAIProvider, timeout_s: float) -> None:
+async def checked(provider: RemoteProvider, timeout_s: float) -> None:
     """One call as the dispatcher makes it."""
     reply = await provider.embed(TEXTS, SPACE, timeout_s=timeout_s)
     vectors.check(reply.vectors, len(TEXTS), SPACE.dimensions, unit_norm=True)
@@ -113,7 +115,7 @@ ERROR_BODIES = [
     ],
 )
 async def test_a_status_says_who_must_act(
-    provider: OpenAIProvider, emulator: OpenAIEmulator, status: int, expected: type[ProviderError]
+    provider: RemoteProvider, emulator: OpenAIEmulator, status: int, expected: type[ProviderError]
 ) -> None:
     """Each status has one meaning, whatever shape of body a server puts beside it; no redirect is followed."""
     for body in ERROR_BODIES:
@@ -133,14 +135,14 @@ async def test_a_status_says_who_must_act(
     ],
 )
 async def test_the_body_tells_apart_what_the_status_does_not(
-    provider: OpenAIProvider, emulator: OpenAIEmulator, status: int, body: bytes, expected: type[ProviderError]
+    provider: RemoteProvider, emulator: OpenAIEmulator, status: int, body: bytes, expected: type[ProviderError]
 ) -> None:
     """An empty purse, a call that can never fit and a chat model are not mistaken for a full minute or a bad key."""
     emulator.inject(faults.status(status, body))
     assert type(await failure(provider)) is expected
 
 
-async def test_a_huge_error_body_is_not_read(provider: OpenAIProvider, emulator: OpenAIEmulator) -> None:
+async def test_a_huge_error_body_is_not_read(provider: RemoteProvider, emulator: OpenAIEmulator) -> None:
     """A megabyte of apology changes nothing about the status."""
     emulator.inject(faults.status(503, b" " * 2**20))
     assert type(await failure(provider)) is Transient
@@ -149,12 +151,12 @@ async def test_a_huge_error_body_is_not_read(provider: OpenAIProvider, emulator:
 async def test_a_wrong_key_and_an_unknown_model_are_the_operators(emulator: OpenAIEmulator) -> None:
     """OpenAI's own answers to a bad key and to a model that does not exist are told apart."""
     for key, model, expected in [("sk-wrong", MODEL, BadCredential), (KEY, "no-such-model", Misconfigured)]:
-        provider = OpenAIProvider(emulator.base_url, key, model)
+        provider = remote(OpenAI, emulator.base_url, key, model)
         assert type(await failure(provider)) is expected
         await provider.aclose()
 
 
-async def test_a_poisoned_text_refuses_its_batch(provider: OpenAIProvider, emulator: OpenAIEmulator) -> None:
+async def test_a_poisoned_text_refuses_its_batch(provider: RemoteProvider, emulator: OpenAIEmulator) -> None:
     """One bad text fails every call that holds it, as a refusal of content, and no other call."""
     emulator.poison.add(TEXTS[1])
     assert type(await failure(provider)) is InputRefused
@@ -192,7 +194,7 @@ async def test_a_poisoned_text_refuses_its_batch(provider: OpenAIProvider, emula
     ],
 )
 async def test_a_throttle_says_when_to_come_back(
-    provider: OpenAIProvider, emulator: OpenAIEmulator, headers: dict[str, str], wait_s: float | None
+    provider: RemoteProvider, emulator: OpenAIEmulator, headers: dict[str, str], wait_s: float | None
 ) -> None:
     """Milliseconds before seconds before dates before bucket resets; within two minutes; garbage says nothing."""
     emulator.inject(faults.status(429, headers=headers))
@@ -201,7 +203,7 @@ async def test_a_throttle_says_when_to_come_back(
     assert failed.retry_after_s == (None if wait_s is None else pytest.approx(wait_s))
 
 
-async def test_a_date_is_counted_from_now(provider: OpenAIProvider, emulator: OpenAIEmulator) -> None:
+async def test_a_date_is_counted_from_now(provider: RemoteProvider, emulator: OpenAIEmulator) -> None:
     """An HTTP date half a minute ahead is half a minute's wait."""
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
     emulator.inject(faults.status(429, headers={"retry-after": date}))
@@ -210,7 +212,7 @@ async def test_a_date_is_counted_from_now(provider: OpenAIProvider, emulator: Op
     assert failed.retry_after_s == pytest.approx(28, abs=4)
 
 
-async def test_the_bucket_that_is_full_names_the_wait(provider: OpenAIProvider, emulator: OpenAIEmulator) -> None:
+async def test_the_bucket_that_is_full_names_the_wait(provider: RemoteProvider, emulator: OpenAIEmulator) -> None:
     """A throttle on requests waits for the requests to reset, however long the tokens take."""
     headers = {"x-ratelimit-reset-tokens": "50s", "x-ratelimit-reset-requests": "2s"}
     emulator.inject(faults.status(429, envelope(kind="requests", code="rate_limit_exceeded"), headers))
@@ -223,7 +225,7 @@ async def test_a_real_limit_throttles() -> None:
     """OpenAI's own 429 for a full minute is understood, with its wait."""
     clock = 0.0
     async with OpenAIEmulator(api_key=KEY, judge=Judge(requests_per_minute=1, clock=lambda: clock)) as emulator:
-        provider = OpenAIProvider(emulator.base_url, KEY, MODEL)
+        provider = remote(OpenAI, emulator.base_url, KEY, MODEL)
         await provider.embed(TEXTS, SPACE, timeout_s=10)
         clock = 20.0
         failed = await failure(provider)
@@ -278,7 +280,7 @@ async def test_a_real_limit_throttles() -> None:
     ],
 )
 async def test_a_reply_that_is_not_what_was_asked_is_malformed(
-    provider: OpenAIProvider, emulator: OpenAIEmulator, fault: faults.Fault
+    provider: RemoteProvider, emulator: OpenAIEmulator, fault: faults.Fault
 ) -> None:
     """Wrong counts, indices, widths, values and bodies are all refused, before or by the check of values."""
     emulator.inject(fault, calls=1)
@@ -291,7 +293,7 @@ async def test_a_reply_that_is_not_what_was_asked_is_malformed(
 
 @pytest.mark.parametrize("fault", [faults.reset, faults.half_body])
 async def test_a_broken_connection_may_have_cost_something(
-    provider: OpenAIProvider, emulator: OpenAIEmulator, fault: faults.Fault
+    provider: RemoteProvider, emulator: OpenAIEmulator, fault: faults.Fault
 ) -> None:
     """A reset and a body cut in half are worth another try, but the provider may have counted the call."""
     emulator.inject(fault, calls=1)
@@ -305,7 +307,7 @@ async def test_a_closed_port_costs_nothing() -> None:
     """Where nobody listens no call was made, so nothing was counted."""
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    provider = OpenAIProvider(f"http://127.0.0.1:{port}/v1", KEY, MODEL)
+    provider = remote(OpenAI, f"http://127.0.0.1:{port}/v1", KEY, MODEL)
     failed = await failure(provider)
     await provider.aclose()
     assert type(failed) is Unreachable
@@ -321,7 +323,7 @@ async def test_what_speaks_no_http_is_malformed() -> None:
         writer.close()
 
     server = await asyncio.start_server(greet, "127.0.0.1", 0)
-    provider = OpenAIProvider(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", KEY, MODEL)
+    provider = remote(OpenAI, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", KEY, MODEL)
     assert type(await failure(provider)) is MalformedReply
     await provider.aclose()
     server.close()
@@ -329,7 +331,7 @@ async def test_what_speaks_no_http_is_malformed() -> None:
 
 @pytest.mark.parametrize("fault", [faults.hang, faults.stalled_body, faults.slow_body(pieces=1000, pause_s=0.01)])
 async def test_the_time_out_is_for_the_whole_call(
-    provider: OpenAIProvider, emulator: OpenAIEmulator, fault: faults.Fault
+    provider: RemoteProvider, emulator: OpenAIEmulator, fault: faults.Fault
 ) -> None:
     """Silence before the head, silence in the body and a trickle all end when the attempt's time is over."""
     await provider.embed(TEXTS, SPACE, timeout_s=10)
@@ -341,7 +343,7 @@ async def test_the_time_out_is_for_the_whole_call(
     await provider.embed(TEXTS, SPACE, timeout_s=10)
 
 
-async def test_a_thousand_cancellations_leak_nothing(provider: OpenAIProvider, emulator: OpenAIEmulator) -> None:
+async def test_a_thousand_cancellations_leak_nothing(provider: RemoteProvider, emulator: OpenAIEmulator) -> None:
     """Calls cancelled at every point, in a crowd, give back their connections: the next hundred all succeed."""
     chance = random.Random(7)
     before = asyncio.all_tasks()
@@ -363,7 +365,7 @@ async def test_a_thousand_cancellations_leak_nothing(provider: OpenAIProvider, e
     assert asyncio.all_tasks() <= before
 
 
-def checked_out(provider: OpenAIProvider) -> int:
+def checked_out(provider: RemoteProvider) -> int:
     """How many connections of the pool are in use."""
     transport = provider._endpoint._transport
     return len(transport.client.connector._acquired)  # type: ignore[union-attr]

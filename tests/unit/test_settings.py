@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.domain import Attempts, BreakerPolicy, Limits, Priority, Tenant
 from app.errors import ConfigurationError
-from app.settings import LocalDeployment, OpenAIDeployment, Settings, describe, find, load
+from app.settings import LocalDeployment, RemoteDeployment, Settings, describe, find, load
 
 SMALL = """\
 [deployments.main]
@@ -121,7 +121,7 @@ def test_token_ids_are_native_only_at_openai(write: Any) -> None:
         (openai.replace("api_key", 'base_url = "https://api.openai.com.evil.example/v1"\napi_key'), False),
     ]:
         (deployment,) = load(write(text), {}).deployments.values()
-        assert isinstance(deployment, OpenAIDeployment)
+        assert isinstance(deployment, RemoteDeployment)
         assert deployment.takes_token_ids is native
 
 
@@ -184,7 +184,7 @@ def test_the_environment_overrides_every_kind_of_scalar(write: Any) -> None:
         },
     )
     deployment = settings.deployments["open-ai.main"]
-    assert isinstance(deployment, OpenAIDeployment)
+    assert isinstance(deployment, RemoteDeployment)
     assert (settings.server.port, settings.server.deadline_s) == (9000, 2.5)
     assert (deployment.model, deployment.takes_token_ids, deployment.judged_spans_s) == ("123", True, (1.0, 10.0))
     assert deployment.api_key is not None
