@@ -21,4 +21,4 @@ class Finding:
     dimensions: int | None = None
     cosine: float | None = None
     tokens_billed: int | None = None
-    stated: Stated = Stated()
+    stated: Stated | None = None

@@ -117,11 +117,16 @@ async def test_a_cancelled_call_leaves_a_working_provider(subject: Subject) -> N
 # ── those who call somebody ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+async def checked(subject: Subject, timeout_s: float) -> None:
+    """One call as the dispatcher makes it."""
+    reply = await subject.provider.embed(TEXTS, subject.space, timeout_s=timeout_s)
+    vectors.check(reply.vectors, len(TEXTS), subject.space.dimensions, unit_norm=subject.space.normalised)
+
+
 async def failure(subject: Subject, timeout_s: float = 10) -> ProviderError:
-    """The error of one call as the dispatcher makes it; it tells neither text nor key."""
+    """The error of one such call; it tells neither text nor key."""
     with pytest.raises(ProviderError) as failed:
-        reply = await subject.provider.embed(TEXTS, subject.space, timeout_s=timeout_s)
-        vectors.check(reply.vectors, len(TEXTS), subject.space.dimensions, unit_norm=subject.space.normalised)
+        await checked(subject, timeout_s)
     shown = f"{failed.value} {failed.value!r} {failed.value.__cause__}"
     assert not any(text in shown for text in TEXTS)
     if subject.emulator is not None and subject.emulator.api_key:
