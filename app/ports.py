@@ -56,18 +56,22 @@ class Cache(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A wish to make one call of between `tokens_min` and `tokens_max` tokens, in the vendor's own counting."""
+    """A wish to make one call of between `tokens_min` and `tokens_max` tokens, in the vendor's own counting.
+
+    Where the vendor counts each text as a request, the call is of between `requests` and `requests_max` of them.
+    """
 
     deployment: str
     tokens_min: int
     tokens_max: int
     priority: Priority
     requests: int = 1
+    requests_max: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The yes to a Claim, all dimensions or nothing: `tokens` is what may be sent, from `start_in_s` on."""
+    """The yes to a Claim, all dimensions or nothing: what may be sent, from `start_in_s` on."""
 
     id: int
     deployment: str
@@ -92,7 +96,10 @@ class Limiter(Protocol):
     """
 
     async def reserve(self, claim: Claim) -> Grant | NotYet:
-        """Grants as many tokens as fit, at least `tokens_min`; books ahead by at most 0.25 s, in order of asking."""
+        """Grants as many tokens and requests as fit, at least the least of each.
+
+        Books ahead by at most 0.25 s, in order of asking.
+        """
 
     async def settle(self, grant: Grant, tokens_used: int | None, *, requests_used: int = 1) -> None:
         """Ends a grant, once: gives back what was not used, charges what was used beyond it.
@@ -102,6 +109,25 @@ class Limiter(Protocol):
 
     async def throttled(self, deployment: str, retry_after_s: float | None) -> None:
         """The provider said 429: nobody is granted anything until then, and the rate goes down for a while."""
+
+
+# ── landmarks ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Landmarks(Protocol):
+    """The first accepted vectors of the probes of each Space, for all replicas; a place is a name for a file."""
+
+    async def vectors(self, place: str) -> npt.NDArray[np.float32] | None:
+        """The accepted ones, float32, shape (probes, d); None: there are none yet."""
+
+    async def accept(self, place: str, vectors: npt.NDArray[np.float32]) -> None:
+        """From now on these are the accepted ones."""
+
+    async def claim(self, place: str, interval_s: float) -> bool:
+        """Whether the caller is the one to probe now: one of all in every `interval_s`."""
+
+    async def release(self, place: str) -> None:
+        """It should be probed again sooner."""
 
 
 # ── provider ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -290,6 +290,23 @@ async def cut_many(counter: TokenCounter, texts: Sequence[str], max_tokens: int)
     return await _off_loop(texts, lambda: [counter.cut(text, max_tokens) for text in texts])
 
 
+async def windows_many(
+    counter: TokenCounter, texts: Sequence[str], most_tokens: int, overlap_tokens: int
+) -> list[list[str]]:
+    """Each text as windows of at most `most_tokens`; neighbours share about `overlap_tokens`. Never blocks the loop."""
+    return await _off_loop(texts, lambda: [_windows(counter, text, most_tokens, overlap_tokens) for text in texts])
+
+
+def _windows(counter: TokenCounter, text: str, most: int, overlap: int) -> list[str]:
+    windows, start = [], 0
+    while True:
+        window = counter.cut(text[start : start + MOST_CHARS_PER_TOKEN * most], most) or text[start : start + 1]
+        windows.append(window)
+        if start + len(window) >= len(text):
+            return windows
+        start += len(counter.cut(window, most - overlap)) or len(window)
+
+
 async def _off_loop(texts: Sequence[str], work: Callable[[], T]) -> T:
     if sum(map(len, texts)) <= INLINE_CHARS:
         return work()

@@ -1,5 +1,7 @@
 """Hides how vectors are written down: float32 little-endian bytes, base64, JSON numbers, and what makes one valid."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import orjson
@@ -54,6 +56,14 @@ def cut(data: bytes, dimensions: int) -> bytes:
     head = vector[:dimensions].astype(np.float64)
     norm = float(np.sqrt(head @ head))
     return (head / (norm or 1.0)).astype(_FLOAT32).tobytes()
+
+
+def mean(rows: Sequence[bytes], weights: Sequence[int], *, unit: bool) -> bytes:
+    """The weighted mean of vectors of one width; brought to unit length if the vectors have it."""
+    stacked = np.stack([np.frombuffer(row, _FLOAT32) for row in rows]).astype(np.float64)
+    summed = np.asarray(weights, np.float64) @ stacked
+    length = float(np.sqrt(summed @ summed)) if unit else float(sum(weights))
+    return (summed / (length or 1.0)).astype(_FLOAT32).tobytes()
 
 
 def normalised(vectors: Matrix) -> Matrix:

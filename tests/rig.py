@@ -3,10 +3,12 @@
 import asyncio
 import io
 import random
+import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from prometheus_client import generate_latest
@@ -54,7 +56,9 @@ class Words:
 
     def cut(self, text: str, max_tokens: int) -> str:
         """The first words."""
-        return " ".join(text.split()[:max_tokens])
+        head = re.match(r"(?:\s*\S+){0,%d}" % max_tokens, text)
+        assert head is not None
+        return head[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Say w7 for id 7."""
@@ -192,32 +196,39 @@ async def engine(
     cuts_dimensions: bool = False,
     max_input_tokens: int = 100,
     prompts: tuple[tuple[InputType, str], ...] = (),
+    each: Sequence[Limits] = (),
+    **route_fields: Any,
 ) -> AsyncIterator[Rig]:
-    """An engine whose model `model-a` is served by deployments d0, d1, …, one per provider, in order."""
+    """An engine whose model `model-a` is served by deployments d0, d1, …, one per provider, in order.
+
+    `each` has the limits of each deployment, where they differ; `route_fields` are further fields of the Route.
+    """
     loop = asyncio.get_running_loop()
     base = deployment or Deployment("", MODEL, limits=limits or Limits(max_in_flight=4))
-    deployments = tuple(replace(base, name=f"d{at}") for at in range(len(providers)))
+    deployments = tuple(
+        replace(base, name=f"d{at}", limits=each[at] if each else base.limits) for at in range(len(providers))
+    )
     space = Space(MODEL, WIDTH, max_input_tokens=max_input_tokens)
-    route = Route(MODEL, space, deployments, cuts_dimensions=cuts_dimensions, prompts=prompts)
+    route = Route(MODEL, space, deployments, cuts_dimensions=cuts_dimensions, prompts=prompts, **route_fields)
     log = io.BytesIO()
     telemetry = Telemetry(tenants=["anonymous"], models=[MODEL], stream=log)
     bell, rng = Bell(), random.Random(7)
     gates = {
-        each.name: Gate(
-            each, provider,
+        named.name: Gate(
+            named, provider,
             CircuitBreaker(
-                each.breaker, clock=loop.time, rng=rng,
-                on_change=lambda state, reason, name=each.name: telemetry.breaker_changed(  # type: ignore[misc]
+                named.breaker, clock=loop.time, rng=rng,
+                on_change=lambda state, reason, name=named.name: telemetry.breaker_changed(  # type: ignore[misc]
                     deployment=name, state=state, reason=reason
                 ),
             ),
             None,
         )
-        for each, provider in zip(deployments, providers, strict=True)
+        for named, provider in zip(deployments, providers, strict=True)
     }  # fmt: skip
     parts = EngineParts(
         cache=cache or MemoryCache(1 << 20),
-        limiter=limiter or InProcessLimiter({each.name: each.limits for each in deployments}, clock=loop.time),
+        limiter=limiter or InProcessLimiter({named.name: named.limits for named in deployments}, clock=loop.time),
         gates=gates,
         telemetry=telemetry,
         secret=b"rig",
@@ -227,7 +238,7 @@ async def engine(
     async with Gateway(intake, parts, waiting, bell, rng=rng) as gateway:
         yield Rig(
             gateway,
-            {each.name: p for each, p in zip(deployments, providers, strict=True)},
+            {named.name: p for named, p in zip(deployments, providers, strict=True)},
             gates,
             waiting,
             telemetry,

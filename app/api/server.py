@@ -46,8 +46,9 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
     """
     server = settings.server
     with listening(server.host, server.port) as listener:
-        async with Runtime(settings) as runtime:
+        async with Runtime(settings) as runtime, runtime.canary:
             _shorten_pauses()
+            runtime.tell_retirements()
             await EdgeServer(runtime, on_ready).serve([listener])
             runtime.telemetry.service_changed("stopped")
 

@@ -28,6 +28,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 _TIERS = {"priority": Priority.INTERACTIVE, "flex": Priority.BULK}
 _PRIORITIES = {priority.name.lower().encode(): priority for priority in Priority}
+_TRUTHS: Mapping[bytes, bool] = {b"true": True, b"false": False, b"1": True, b"0": False}
 _DEADLINE = re.compile(rb"[0-9]{1,7}").fullmatch
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]").search
 
@@ -78,6 +79,7 @@ def request(
     """The request in the engine's nouns; `deadline_s` holds if the headers name none. Raises InvalidRequest."""
     wait_ms = headers.get(b"x-embedgate-deadline-ms")
     wanted = headers.get(b"x-embedgate-priority")
+    degraded = headers.get(b"x-embedgate-allow-degraded")
     return EmbeddingRequest(
         tenant=tenant,
         model=asked.model,
@@ -87,6 +89,7 @@ def request(
         dimensions=asked.dimensions,
         input_type=asked.input_type,
         truncation=asked.truncate,
+        allow_degraded=degraded is not None and _truth("x-embedgate-allow-degraded", degraded),
     )
 
 
@@ -98,6 +101,12 @@ def _deadline_s(value: bytes) -> float:
             code="invalid_value",
         )
     return int(value) / 1000
+
+
+def _truth(name: str, value: bytes) -> bool:
+    if value not in _TRUTHS:
+        raise _wrong_value(name, value.decode("latin-1"), ("true", "false"))
+    return _TRUTHS[value]
 
 
 def _priority(value: bytes) -> Priority:
@@ -240,7 +249,7 @@ def pieces(asked: Asked, result: EmbeddingResult) -> Iterator[bytes]:
     form = b'{"object":"embedding","index":%d,"embedding":' + quote + b"%b" + quote + b"}"
     rows, step = result.vectors, max(1, _PIECE_BYTES // len(result.vectors[0]))
     tail = b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
-        _quoted(asked.model), result.tokens, result.tokens,
+        _quoted(result.model or asked.model), result.tokens, result.tokens,
     )  # fmt: skip
     if len(rows) == 1:
         yield b'{"object":"list","data":[' + form % (0, encode(rows[0])) + tail
@@ -268,6 +277,8 @@ def headers(result: EmbeddingResult) -> list[Header]:
         (b"x-embedgate-cache", b"hit=%d,miss=%d" % (hits, all_ - hits)),
         (b"x-embedgate-space", result.space.id.encode()),
     ]
+    if result.model is not None:
+        told.append((b"x-embedgate-degraded", result.model.encode()))
     if result.deployments:
         told += [
             (b"x-embedgate-deployment", ",".join(result.deployments).encode()),

@@ -145,10 +145,8 @@ class Batcher:
         demand, gate = self.queue.demand(), slot.gate
         if demand is None or demand.avoid:
             return "retry"
-        limits = gate.deployment.limits
-        until = demand.queued_at + limits.window_s
-        most_items = min(limits.max_batch_items, gate.provider.max_items)
-        while gate.in_flight > 1 and not self.queue.holds(most_items, limits.max_batch_tokens):
+        until = demand.queued_at + gate.deployment.limits.window_s
+        while gate.in_flight > 1 and not self.queue.holds(gate.most_items, gate.most_tokens):
             if (left_s := until - self._clock()) < LEAST_WAIT_S:
                 return "window"
             await self._bell.wait(left_s)
@@ -206,13 +204,14 @@ class Batcher:
         if returned.delay_s:
             await asyncio.sleep(returned.delay_s)
         for group in returned.groups:
-            wanted = [item for item in group if item.waiters]
-            for item in group:
+            wanted = tuple(item for item in group.items if item.waiters)
+            for item in group.items:
                 item.flying = False
                 if not item.waiters:
                     self._remove(item)
-            self._telemetry.texts_dropped(items=len(group) - len(wanted), reason="left")
-            self.queue.put_back(wanted, returned.avoid)
+            self._telemetry.texts_dropped(items=len(group.items) - len(wanted), reason="left")
+            if wanted:
+                self.queue.put_back(replace(group, items=wanted))
 
     def _fail(self, items: Iterable[WorkItem], error: EmbedgateError) -> None:
         for item in items:

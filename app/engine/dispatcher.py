@@ -4,21 +4,24 @@ The only file that decides about deployments. A batch is never formed before its
 """
 
 import asyncio
+import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from app import vectors
-from app.domain import Space
+from app.domain import Priority, Space
 from app.engine.breaker import Pass
 from app.engine.gate import Bell, Gate, Slot
-from app.engine.workitem import Batch, Demand, Fit, WorkItem
+from app.engine.workitem import Batch, Demand, Doubt, Fit, Group, WorkItem
 from app.errors import (
     BadCredential,
     CallTimeout,
     EmbedgateError,
     InputRefused,
+    InvalidRequest,
     MalformedReply,
     Misconfigured,
     ProviderError,
@@ -32,6 +35,8 @@ from app.telemetry import Telemetry
 
 ASK_AGAIN_S = 1.0
 """A refused claim keeps its place only while it is asked again now and then."""
+
+_HARMLESS, _HARMLESS_TOKENS = "hello", 8
 
 LEAST_ATTEMPT_S = 1.0
 """The shortest time that a call gets for its answer, unless the deployment's own `timeout_s` is shorter."""
@@ -58,17 +63,19 @@ class Landed:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """The batch failed: `groups` of its texts try again after `delay_s`, not at `avoid`; `failed` got `error`."""
+    """The batch failed: `groups` of its texts try again after `delay_s`; `failed` got `error`."""
 
-    groups: tuple[tuple[WorkItem, ...], ...] = ()
+    groups: tuple[Group, ...] = ()
     failed: tuple[WorkItem, ...] = ()
     error: EmbedgateError | None = None
     delay_s: float = 0.0
-    avoid: frozenset[str] = frozenset()
 
 
 class Dispatcher:
-    """Serves one Space from its deployments in order."""
+    """Serves one Space from its deployments: in order, or all at once with `spread`.
+
+    A wait for quota that is longer than `spill_s`, or that the first text cannot afford, goes to the next deployment.
+    """
 
     def __init__(
         self,
@@ -80,6 +87,8 @@ class Dispatcher:
         *,
         clock: Callable[[], float],
         rng: random.Random,
+        spread: bool = False,
+        spill_s: float = math.inf,
     ) -> None:
         self._space = space
         self._gates = gates
@@ -88,11 +97,16 @@ class Dispatcher:
         self._telemetry = telemetry
         self._clock = clock
         self._rng = rng
+        self._spread = spread
+        self._spill_s = 0.0 if spread else spill_s
+        self._chosen: Counter[str] = Counter()
+        self._without_quota: dict[str, float] = {}  # deployment → when it may have some again
 
     def outage_s(self) -> float | None:
         """Seconds until the earliest probe when every deployment is out; None while one can be asked."""
-        wait_s = min(gate.breaker.retry_in_s() for gate in self._gates)
-        trusted = any(gate.breaker.state in ("closed", "half_open") for gate in self._gates)
+        gates = self._sound()
+        wait_s = min(gate.breaker.retry_in_s() for gate in gates)
+        trusted = any(gate.breaker.state in ("closed", "half_open") for gate in gates)
         return None if trusted or wait_s == 0.0 else wait_s
 
     # ── before the call ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -104,6 +118,7 @@ class Dispatcher:
                 gate.breaker.check_stall()
             chosen = self._choose(wish)
             if chosen is not None and chosen.enter(wish.priority, self._clock()):
+                self._chosen[chosen.name] += 1
                 return Slot(chosen, wish.priority, self._bell)
             await self._bell.wait(self._next_change_s())
         return None
@@ -115,8 +130,11 @@ class Dispatcher:
         while (wish := demand()) is not None and gate.breaker.retry_in_s() == 0.0:
             answer = await self._limiter.reserve(self._claim(gate, wish))
             if isinstance(answer, NotYet):
+                if self._spills(gate, wish, answer.wait_s):
+                    return None
                 await self._bell.wait(min(answer.wait_s, ASK_AGAIN_S))
                 continue
+            self._without_quota.pop(gate.name, None)
             if answer.start_in_s:
                 await asyncio.sleep(answer.start_in_s)
             self._telemetry.limiter_waited(deployment=gate.name, wait_s=self._clock() - started)
@@ -132,10 +150,38 @@ class Dispatcher:
         permit.slot.release()
         await self._limiter.settle(permit.grant, 0, requests_used=0)
 
+    def _sound(self) -> Sequence[Gate]:
+        """Those whose vectors are this Space's; when that is said of none, there is nobody else to ask."""
+        return [gate for gate in self._gates if not gate.strange] or self._gates
+
+    def _able(self, avoid: frozenset[str]) -> list[Gate]:
+        """Those that may be called now, without those to avoid if others stay."""
+        able = [gate for gate in self._sound() if gate.breaker.retry_in_s() == 0.0]
+        return [gate for gate in able if gate.name not in avoid] or able
+
     def _choose(self, wish: Demand) -> Gate | None:
-        able = [gate for gate in self._gates if gate.breaker.retry_in_s() == 0.0]
-        untried = [gate for gate in able if gate.name not in wish.avoid]
-        return next(iter(untried or able), None)
+        able, now = self._able(wish.avoid), self._clock()
+        if not able:
+            return None
+        with_quota = [gate for gate in able if self._without_quota.get(gate.name, now) <= now]
+        if not with_quota:
+            return min(able, key=lambda gate: self._without_quota[gate.name])
+        with_room = [gate for gate in with_quota if gate.has_room] if self._spill_s == 0.0 else []
+        if self._spread and with_room:
+            return min(with_room, key=self._load)
+        return (with_room or with_quota)[0]
+
+    def _load(self, gate: Gate) -> tuple[float, int]:
+        """How busy it is; of equally busy ones, how often it was chosen."""
+        return gate.in_flight / gate.deployment.limits.max_in_flight, self._chosen[gate.name]
+
+    def _spills(self, gate: Gate, wish: Demand, wait_s: float) -> bool:
+        """Whether somebody else is asked rather than wait so long for quota here."""
+        now = self._clock()
+        if wait_s <= min(self._spill_s, (wish.deadline - now) / 2):
+            return False
+        self._without_quota[gate.name] = now + wait_s
+        return self._choose(wish) is not gate
 
     def _next_change_s(self) -> float | None:
         """When waiting for a bell would be too long: a probe falls due, or silence becomes a stall."""
@@ -144,13 +190,14 @@ class Dispatcher:
         return min(probes + stalls, default=None)
 
     def _claim(self, gate: Gate, wish: Demand) -> Claim:
-        most = max(wish.head_tokens, min(wish.tokens, gate.deployment.limits.max_batch_tokens))
-        return Claim(gate.name, gate.weigh(wish.head_tokens), gate.weigh(most), wish.priority)
+        most = max(wish.head_tokens, min(wish.tokens, gate.most_tokens))
+        texts = min(wish.items, gate.most_items) if gate.deployment.limits.counts_texts else 1
+        return Claim(gate.name, gate.weigh(wish.head_tokens), gate.weigh(most), wish.priority, 1, texts)
 
     def _fit(self, gate: Gate, wish: Demand, grant: Grant, *, probing: bool) -> Fit:
         limits = gate.deployment.limits
-        items = 1 if probing else min(limits.max_batch_items, gate.provider.max_items)
-        tokens = max(wish.head_tokens, min(gate.unweigh(grant.tokens), limits.max_batch_tokens))
+        items = 1 if probing else min(gate.most_items, grant.requests if limits.counts_texts else gate.most_items)
+        tokens = max(wish.head_tokens, min(gate.unweigh(grant.tokens), gate.most_tokens))
         return Fit(items, tokens, limits.max_batch_bytes)
 
     # ── the call ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -159,23 +206,28 @@ class Dispatcher:
         """Makes the batch's call and ends its permit, whatever happens."""
         gate, started = permit.slot.gate, self._clock()
         outcome, detail, billed = "cancelled", "", None
-        used: tuple[int | None, int] = (gate.weigh(batch.tokens), 1)
+        requests = len(batch.items) if gate.deployment.limits.counts_texts else 1
+        used: tuple[int | None, int] = (gate.weigh(batch.tokens), requests)
         if not batch.items[0].attempts:
             gate.budget.earn()
         try:
             reply = await self._call(gate, batch)
             gate.breaker.succeeded(permit.passed)
-            gate.learn(batch.tokens, reply.tokens_billed)
             billed = reply.tokens_billed
-            outcome, used = "ok", (billed if billed is not None else used[0], 1)
+            gate.landed(batch.tokens, billed, self._clock() - started)
+            if batch.doubt is not None:
+                batch.doubt.accepted = True
+            outcome, used = "ok", (billed if billed is not None else used[0], requests)
             counted = None if gate.counts_exactly else billed
             return Landed(vectors.rows(reply.vectors), _shares(batch.items, counted), gate.name)
         except ProviderError as error:
             outcome, detail = type(error).__name__, str(error)
             if not error.counted:
                 used = (0, 0)
-            await self._note(gate, permit.passed, error)
-            return self._after(gate, batch, error)
+            await self._note(gate, permit.passed, error, started)
+            return await self._refused(gate, batch, error) if isinstance(error, InputRefused) else self._after(
+                gate, batch, error
+            )  # fmt: skip
         finally:
             gate.breaker.neutral(permit.passed)  # counts only if nothing else ended the pass
             permit.slot.release()
@@ -207,14 +259,15 @@ class Dispatcher:
 
     # ── after a failure ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _note(self, gate: Gate, passed: Pass, error: ProviderError) -> None:
+    async def _note(self, gate: Gate, passed: Pass, error: ProviderError, started: float) -> None:
         """What this failure says about the deployment."""
         match error:
             case InputRefused() | Misconfigured():
                 gate.breaker.neutral(passed)
             case Throttled():
                 gate.breaker.neutral(passed)
-                await self._limiter.throttled(gate.name, error.retry_after_s)
+                rest_s = gate.throttled(error.retry_after_s, started, self._clock())
+                await self._limiter.throttled(gate.name, rest_s)
             case BadCredential():
                 gate.breaker.condemn("credential")
             case QuotaExhausted():
@@ -223,13 +276,56 @@ class Dispatcher:
                 gate.breaker.failed(passed)
         self._bell.ring()
 
+    async def _refused(self, gate: Gate, batch: Batch, error: InputRefused) -> Returned:
+        """The bad text fails, alone; where nobody says which it is, the batch is halved until it stands alone.
+
+        Halving costs no attempt. But a deployment that refuses whatever it gets is to blame itself: when it has accepted
+        nothing since it last refused something, a harmless text of our own decides.
+        """
+        doubt = batch.doubt or Doubt()
+        doubt.refused(batch.splits)
+        if (doubt.unanimous or not gate.proven) and not doubt.blamed:
+            doubt.blamed = "texts" if await self._accepts_anything(gate) else "deployment"
+        if doubt.blamed == "deployment":
+            return self._after(gate, batch, Misconfigured(f"every text is refused: {error}"))
+        items, at = batch.items, error.position
+        if len(items) == 1 or (at is not None and 0 <= at < len(items)):
+            bad = 0 if at is None or len(items) == 1 else at
+            rest = items[:bad] + items[bad + 1 :]
+            gate.proven = False
+            groups = (Group(rest, batch.avoid, batch.splits, doubt),) if rest else ()
+            return Returned(groups, (items[bad],), self._blame(error))
+        half = len(items) // 2
+        halves = (Group(part, batch.avoid, batch.splits + 1, doubt) for part in (items[:half], items[half:]))
+        return Returned(tuple(halves))
+
+    def _blame(self, error: InputRefused) -> EmbedgateError:
+        if not error.too_long:
+            return RejectedInput()
+        most = self._space.max_input_tokens
+        return InvalidRequest(
+            f"This model's maximum context length is {most} tokens, and the provider counts more in this input. "
+            "Please reduce your prompt."
+        )
+
+    async def _accepts_anything(self, gate: Gate) -> bool:
+        """Whether the deployment embeds a text that nobody could refuse; what goes wrong otherwise proves nothing."""
+        grant = await granted(self._limiter, Claim(gate.name, _HARMLESS_TOKENS, _HARMLESS_TOKENS, Priority.DEFAULT))
+        billed: int | None = _HARMLESS_TOKENS
+        try:
+            timeout_s = gate.deployment.timeout_s
+            billed = (await gate.provider.embed([_HARMLESS], self._space, timeout_s=timeout_s)).tokens_billed
+            gate.proven = True
+        except (InputRefused, Misconfigured):
+            return False
+        except ProviderError:
+            return True
+        finally:
+            await self._limiter.settle(grant, billed)
+        return True
+
     def _after(self, gate: Gate, batch: Batch, error: ProviderError) -> Returned:
-        """What happens to the texts: split around a bad one, to the next deployment, again later, or failed."""
-        if isinstance(error, InputRefused):
-            if len(batch.items) == 1:
-                return Returned(failed=batch.items, error=RejectedInput())
-            half = len(batch.items) // 2
-            return Returned(groups=(batch.items[:half], batch.items[half:]), avoid=batch.avoid)
+        """What happens to the texts: to the next deployment, again later, or failed."""
         for item in batch.items:
             item.attempts += 1
         failure = UpstreamFailed("invalid_upstream_response" if isinstance(error, MalformedReply) else "upstream_error")
@@ -242,20 +338,31 @@ class Dispatcher:
             deployment=gate.name, items=len(again), reason=type(error).__name__, delay_s=delay_s
         )
         spent = tuple(item for item in batch.items if item.attempts >= most)
-        return Returned((again,), spent, failure, delay_s, avoid)
+        return Returned((Group(again, avoid),), spent, failure, delay_s)
 
     def _where_next(self, gate: Gate, batch: Batch, error: ProviderError) -> tuple[float, frozenset[str]] | None:
         """How soon another try makes sense, and where not; None when none does."""
         avoid = batch.avoid | {gate.name}
-        if any(other.name not in avoid and other.breaker.retry_in_s() == 0.0 for other in self._gates):
+        if any(other.name not in avoid for other in self._able(avoid)):
             return 0.0, avoid
         if isinstance(error, BadCredential | QuotaExhausted | Misconfigured) or not gate.budget.spend():
             return None
         if isinstance(error, Throttled):
             return 0.0, frozenset()  # the limiter knows how long
         policy = gate.deployment.attempts
-        longest_s = min(policy.backoff_cap_s, policy.backoff_base_s * 2.0 ** (batch.items[0].attempts - 1))
-        return self._rng.uniform(0.0, longest_s), frozenset()
+        delay_s = min(policy.backoff_cap_s, policy.backoff_base_s * 2.0 ** (batch.items[0].attempts - 1))
+        least, most = (0.0, 1.0) if policy.jitter is None else (1.0 - policy.jitter, 1.0 + policy.jitter)
+        return delay_s * self._rng.uniform(least, most), frozenset()
+
+
+async def granted(limiter: Limiter, claim: Claim) -> Grant:
+    """The yes to `claim`, however long it takes."""
+    while True:
+        answer = await limiter.reserve(claim)
+        if isinstance(answer, Grant):
+            await asyncio.sleep(answer.start_in_s)
+            return answer
+        await asyncio.sleep(min(answer.wait_s, ASK_AGAIN_S))
 
 
 def _shares(items: Sequence[WorkItem], billed: int | None) -> list[int]:

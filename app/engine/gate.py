@@ -5,6 +5,7 @@ import math
 
 from app.domain import Deployment, Priority
 from app.engine.breaker import CircuitBreaker, RetryBudget
+from app.engine.ceiling import BatchCeiling
 from app.ports import Provider
 from app.tokens import LearnedRatio
 
@@ -40,7 +41,11 @@ class Bell:
 
 
 class Gate:
-    """One deployment's door, shared by all its spaces: slots, breaker, retry budget, and how it counts tokens."""
+    """One deployment's door, shared by all its spaces: slots, breaker, retry budget, batch sizes, how it counts tokens.
+
+    `strange`: its vectors are no longer those of its Space. `proven`: it has accepted a text since it last refused one. `cooling` counts its
+    429s since anything landed: until then its calls go one by one.
+    """
 
     def __init__(self, deployment: Deployment, provider: Provider, breaker: CircuitBreaker, ratio: LearnedRatio | None):
         self.deployment = deployment
@@ -48,6 +53,16 @@ class Gate:
         self.breaker = breaker
         self.budget = RetryBudget()
         self.in_flight = 0
+        self.strange = False
+        self.proven = False
+        self.cooling = 0
+        self._cooling_since = -math.inf
+        limits = deployment.limits
+        self._ceiling = (
+            BatchCeiling(limits.min_batch_tokens, limits.max_batch_tokens, limits.target_latency_s)
+            if limits.target_latency_s
+            else None
+        )
         self._bulk_in_flight = 0
         self._interactive_until = -math.inf
         self._ratio = ratio
@@ -60,12 +75,47 @@ class Gate:
     def __repr__(self) -> str:
         return f"<Gate {self.name} {self.breaker.state}, {self.in_flight} of {self.deployment.limits.max_in_flight}>"
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a slot is free for anybody."""
+        return self.in_flight < (1 if self.cooling else self.deployment.limits.max_in_flight)
+
+    @property
+    def most_items(self) -> int:
+        """How many texts a call may carry now."""
+        return min(self.deployment.limits.max_batch_items, self.provider.max_items)
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens, as we count them, a call may carry now."""
+        return self.unweigh(self._ceiling.tokens if self._ceiling else self.deployment.limits.max_batch_tokens)
+
+    def landed(self, tokens: int, billed: int | None, duration_s: float) -> None:
+        """A call of `tokens`, as we count, brought vectors."""
+        self.proven, self.cooling = True, 0
+        if self._ceiling is not None:
+            self._ceiling.landed(self.weigh(tokens), duration_s)
+        if self._ratio is not None and billed:
+            self._ratio.learn(tokens, billed)
+
+    def throttled(self, named_s: float | None, started: float, now: float) -> float:
+        """A call that began at `started` met a 429: how long the deployment rests, what it named or longer.
+
+        Calls that were in flight together count once.
+        """
+        policy = self.deployment.attempts
+        if started >= self._cooling_since or not self.cooling:
+            self.cooling += 1
+            self._cooling_since = now
+        rest_s = min(policy.cooldown_s * 2.0 ** min(self.cooling - 1, 32), policy.cooldown_cap_s)
+        return max(rest_s, named_s or 0.0)
+
     def enter(self, priority: Priority, now: float) -> bool:
         """Takes a slot if `priority` may have one now."""
         most = self.deployment.limits.max_in_flight
         if priority == Priority.INTERACTIVE:
             self._interactive_until = now + INTERACTIVE_MEMORY_S
-        if self.in_flight >= most:
+        if not self.has_room:
             return False
         if priority == Priority.BULK:
             reserved = max(1, most // 4) if now < self._interactive_until else 0
@@ -92,11 +142,6 @@ class Gate:
     def unweigh(self, tokens: int) -> int:
         """How many of our tokens fit so many of the vendor's."""
         return tokens if self._ratio is None else int(tokens / self._ratio.value)
-
-    def learn(self, tokens: int, billed: int | None) -> None:
-        """Compares our count of a whole call with the vendor's."""
-        if self._ratio is not None and billed:
-            self._ratio.learn(tokens, billed)
 
 
 class Slot:

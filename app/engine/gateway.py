@@ -7,22 +7,27 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Self
+from typing import NamedTuple, Self
+
+import msgspec
 
 from app import vectors
 from app.domain import EmbeddingRequest, EmbeddingResult, Priority, Route, Space, Text, Vector
 from app.engine.batcher import Batcher, CrashLog
 from app.engine.dispatcher import Dispatcher
-from app.engine.gate import Bell, Gate
+from app.engine.gate import LEAST_WAIT_S, Bell, Gate
 from app.engine.intake import Intake, Plan, Sized
 from app.engine.workitem import Answer, WorkItem
 from app.engine.workqueue import QueueBound, WorkQueue
-from app.errors import DeadlineExceeded, ProviderUnavailable, RejectedInput
+from app.errors import DeadlineExceeded, EmbedgateError, ProviderUnavailable, RejectedInput, UpstreamFailed
 from app.ports import Cache, Limiter
 from app.telemetry import Telemetry
 
 GRACE_S = 5.0
 """How long calls in flight may go on after the last request has ended."""
+
+_LOOK_S = 0.25
+"""How often a waiting request that another model may answer looks whether its own is out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,22 @@ class Gateway:
     # ── the life of one request ─────────────────────────────────────────────────────────────────────────────────────
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
-        """One vector per text, in order, before the deadline; or an `EmbedgateError` for the whole request."""
+        """One vector per text, in order, before the deadline; or an `EmbedgateError` for the whole request.
+
+        When every deployment is out and the caller allows it, all of them come from the model that the operator named
+        for this case, and the result says so.
+        """
+        try:
+            return await self._embed(request)
+        except (ProviderUnavailable, UpstreamFailed):
+            instead = self._instead(request)
+            if instead is None:
+                raise
+        result = await self._embed(instead)
+        self._parts.telemetry.answer_degraded(model=request.model, by=instead.model)
+        return msgspec.structs.replace(result, model=instead.model)
+
+    async def _embed(self, request: EmbeddingRequest) -> EmbeddingResult:
         plan = self._intake.plan(request)
         texts = self._intake.texts(plan)
         keys = self._keys(plan.space, texts)
@@ -102,6 +122,18 @@ class Gateway:
         self._intake.check_total(plan, sum(vector.tokens for vector in hits))
         return _result(plan, hits, cache_hits=len(hits))
 
+    def _instead(self, request: EmbeddingRequest) -> EmbeddingRequest | None:
+        """The same wish to the model that stands in on outage, if caller and operator both want it and it can."""
+        route = self.routes[request.model]
+        if not (request.allow_degraded and route.on_outage):
+            return None
+        instead = msgspec.structs.replace(request, model=route.on_outage, allow_degraded=False)
+        try:
+            self._intake.plan(instead)
+        except EmbedgateError:
+            return None
+        return instead
+
     async def _buy(
         self, plan: Plan, keys: Sequence[bytes], texts: Sequence[Text], found: list[Vector | None]
     ) -> EmbeddingResult:
@@ -110,28 +142,56 @@ class Gateway:
         Counting may take a while, so the cache is asked again after it; from there until the table of texts in flight
         holds every missing one nothing is awaited, so that no text is bought twice at one moment.
         """
+        have = {key: vector for key, vector in zip(keys, found, strict=True) if vector is not None}
+        hits = len(found) - found.count(None)
         known_tokens = sum(vector.tokens for vector in found if vector is not None)
         missing = {key: text for key, text, vector in zip(keys, texts, found, strict=True) if vector is None}
         sized, took_long = await self._intake.measure(plan, list(missing.values()), known_tokens)
         measured = dict(zip(missing, sized, strict=True))
-        repeated = [measured[key].tokens for key, vector in zip(keys, found, strict=True) if vector is None]
-        self._intake.check_total(plan, known_tokens + sum(repeated))
-        if took_long:
-            again = await self._parts.cache.get_many(keys)
-            found = [vector or later for vector, later in zip(found, again, strict=True)]
+        self._intake.check_total(plan, known_tokens + sum(measured[key].tokens for key in keys if key in measured))
+        parts = self._parts_of(plan.space, measured)
+        if took_long or any(each.windows for each in sized):
+            again = await self._parts.cache.get_many([*parts])
+            have |= {key: vector for key, vector in zip(parts, again, strict=True) if vector is not None}
         batcher = self._batcher(plan.route, plan.space)
-        wanted = dict.fromkeys(key for key, vector in zip(keys, found, strict=True) if vector is None)
-        items, bought = self._queue(batcher, plan.request, {key: measured[key] for key in wanted})
-        answers = await self._arrival(batcher, plan.request, items, keys)
-        merged = [vector or _as_vector(answers[key]) for key, vector in zip(keys, found, strict=True)]
-        hits = len(found) - found.count(None)
+        wanted = {key: part.sized for key, part in parts.items() if key not in have}
+        items, new = self._queue(batcher, plan, wanted)
+        owners = {key: keys.index(parts[key].of) for key in items}
+        answers = await self._arrival(batcher, plan, items, owners)
+        have |= {key: Vector(answer.data, answer.tokens) for key, answer in answers.items()}
+        self._join_windows(plan.space, measured, parts, have)
+        merged = [have[key] for key in keys]
+        bought = len({parts[key].of for key in new})
         return _result(plan, merged, cache_hits=hits, joined=len(keys) - hits - bought, answers=answers.values())
 
+    def _parts_of(self, space: Space, measured: Mapping[bytes, Sized]) -> dict[bytes, "_Part"]:
+        """What has to be bought, by key: each text, or the windows that stand for it."""
+        parts: dict[bytes, _Part] = {}
+        for key, sized in measured.items():
+            windows = sized.windows or (sized,)
+            names = self._keys(space, [each.payload for each in sized.windows]) or [key]
+            for name, window in zip(names, windows, strict=True):
+                parts.setdefault(name, _Part(window, key))
+        return parts
+
+    def _join_windows(
+        self, space: Space, measured: Mapping[bytes, Sized], parts: Mapping[bytes, "_Part"], have: dict[bytes, Vector]
+    ) -> None:
+        """Puts the mean of its windows where a long text's vector belongs, and keeps it."""
+        for key, sized in measured.items():
+            if sized.windows and key not in have:
+                windows = [have[name] for name in self._keys(space, [each.payload for each in sized.windows])]
+                weights = [each.tokens for each in sized.windows]
+                data = vectors.mean([each.data for each in windows], weights, unit=space.normalised)
+                have[key] = Vector(data, sum(each.tokens for each in windows))
+                self._parts.cache.put_many([(key, have[key])])
+
     def _queue(
-        self, batcher: Batcher, request: EmbeddingRequest, measured: Mapping[bytes, Sized]
-    ) -> tuple[dict[bytes, WorkItem], int]:
-        """A WorkItem for every text: the one in flight, else a new one; and how many are new. All or nothing."""
-        self._refuse_hopeless(batcher, request)
+        self, batcher: Batcher, plan: Plan, measured: Mapping[bytes, Sized]
+    ) -> tuple[dict[bytes, WorkItem], Collection[bytes]]:
+        """A WorkItem for every text: the one in flight, else a new one; and which are new. All or nothing."""
+        request = plan.request
+        self._refuse_hopeless(batcher, plan)
         now, loop = self._clock(), asyncio.get_running_loop()
         joined = {key: item for key in measured if (item := batcher.find(key)) is not None}
         new = {
@@ -143,33 +203,38 @@ class Gateway:
             batcher.submit(request, list(new.values()))
         for item in joined.values():
             batcher.join(item, request)
-        return joined | new, len(new)
+        return joined | new, new.keys()
 
     async def _arrival(
-        self, batcher: Batcher, request: EmbeddingRequest, items: Mapping[bytes, WorkItem], keys: Sequence[bytes]
+        self, batcher: Batcher, plan: Plan, items: Mapping[bytes, WorkItem], owners: Mapping[bytes, int]
     ) -> dict[bytes, Answer]:
-        """Waits for every item, or for the first that fails, or for the deadline."""
-        left_s = max(0.0, request.deadline - self._clock())
+        """Waits for every item, or for the first that fails, or for the deadline; `owners` are places in the input."""
+        request = plan.request
         futures = [item.future for item in items.values()]
         try:
-            if futures:
-                await asyncio.wait(futures, timeout=left_s, return_when=asyncio.FIRST_EXCEPTION)
+            while futures and (left_s := request.deadline - self._clock()) >= LEAST_WAIT_S:
+                if plan.may_degrade and batcher.dispatcher.outage_s() is not None:
+                    break
+                patience_s = min(left_s, _LOOK_S) if plan.may_degrade else left_s
+                await asyncio.wait(futures, timeout=patience_s, return_when=asyncio.FIRST_EXCEPTION)
+                if all(future.done() for future in futures) or any(map(_failed, futures)):
+                    break
         finally:
             batcher.leave(request, items.values())
         for key, item in items.items():
             if item.future.done() and (error := item.future.exception()) is not None:
-                raise RejectedInput(keys.index(key)) if isinstance(error, RejectedInput) else error
+                raise RejectedInput(owners[key]) if isinstance(error, RejectedInput) else error
         if not all(future.done() for future in futures):
             outage_s = batcher.dispatcher.outage_s()
             raise ProviderUnavailable(outage_s) if outage_s is not None else DeadlineExceeded
         return {key: item.future.result() for key, item in items.items()}
 
-    def _refuse_hopeless(self, batcher: Batcher, request: EmbeddingRequest) -> None:
+    def _refuse_hopeless(self, batcher: Batcher, plan: Plan) -> None:
         """Refuses at once what would only wait for a provider that cannot be asked before its deadline."""
-        outage_s, now = batcher.dispatcher.outage_s(), self._clock()
-        if outage_s is not None and now + outage_s >= request.deadline:
+        outage_s, now, deadline = batcher.dispatcher.outage_s(), self._clock(), plan.request.deadline
+        if outage_s is not None and (plan.may_degrade or now + outage_s >= deadline):
             raise ProviderUnavailable(outage_s)
-        if request.deadline <= now:
+        if deadline <= now:
             raise DeadlineExceeded
 
     def _keys(self, space: Space, texts: Sequence[Text]) -> list[bytes]:
@@ -200,7 +265,10 @@ class Gateway:
             telemetry = parts.telemetry
             gates = [parts.gates[deployment.name] for deployment in route.deployments]
             queue = WorkQueue(self._bound, telemetry, clock=clock, bulk_share=parts.bulk_share, ring=bell.ring)
-            dispatcher = Dispatcher(space, gates, parts.limiter, bell, telemetry, clock=clock, rng=self._rng)
+            dispatcher = Dispatcher(
+                space, gates, parts.limiter, bell, telemetry,
+                clock=clock, rng=self._rng, spread=route.spread, spill_s=route.spill_s,
+            )  # fmt: skip
             batcher = Batcher(
                 space, queue, dispatcher, parts.cache, bell, self._crashes, telemetry, tasks=self._tasks, clock=clock
             )
@@ -231,8 +299,15 @@ class Gateway:
         )  # fmt: skip
 
 
-def _as_vector(answer: Answer) -> Vector:
-    return Vector(answer.data, answer.tokens)
+class _Part(NamedTuple):
+    """Something to buy, and the key of the text that it is or belongs to."""
+
+    sized: Sized
+    of: bytes
+
+
+def _failed(future: asyncio.Future[Answer]) -> bool:
+    return future.done() and future.exception() is not None
 
 
 def _result(

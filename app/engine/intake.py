@@ -6,7 +6,7 @@ from dataclasses import replace
 import msgspec
 
 from app import tokens
-from app.domain import EmbeddingRequest, Route, Space, Text
+from app.domain import EmbeddingRequest, InputType, Route, Space, Text, Truncation
 from app.errors import InvalidRequest, UnknownModel
 from app.ports import TokenCounter, TokenVocabulary
 
@@ -22,13 +22,19 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
     space: Space
     width: int | None
 
+    @property
+    def may_degrade(self) -> bool:
+        """Whether another model may answer when every deployment is out."""
+        return self.request.allow_degraded and bool(self.route.on_outage)
+
 
 class Sized(msgspec.Struct, frozen=True, eq=False):
-    """A text as it will be sent, with its tokens and bytes."""
+    """A text as it will be sent, with its tokens and bytes; or the `windows` that are sent in its place."""
 
     payload: Text
     tokens: int
     size_bytes: int
+    windows: tuple["Sized", ...] = ()
 
 
 class Intake:
@@ -48,7 +54,12 @@ class Intake:
             raise UnknownModel(request.model)
         if request.truncation == "end" and not (self._counters[route.model].exact or route.vendor_cuts):
             raise InvalidRequest("This model does not support 'truncate'.", param="truncate", code="invalid_value")
-        return Plan(request, route, self._space(route, request), self._width(route, request.dimensions))
+        return Plan(
+            request,
+            route,
+            space_for(route, request.input_type, request.truncation),
+            self._width(route, request.dimensions),
+        )
 
     def check_total(self, plan: Plan, total_tokens: int) -> None:
         """Refuses a request whose texts sum to too many tokens; an estimate refuses nothing."""
@@ -77,7 +88,8 @@ class Intake:
         if plan.space.truncation == "end" and counter.exact:
             said = await tokens.cut_many(counter, said, most)
         most_total = plan.route.max_request_tokens - known_tokens
-        counts = await tokens.count_many(counter, said, most_each=most, most_total=most_total)
+        longest = most_total if plan.space.truncation == "mean" else most
+        counts = await tokens.count_many(counter, said, most_each=longest, most_total=most_total)
         if isinstance(counts, tokens.TooManyTokens):
             if counts.position is not None:
                 raise _too_long(most, str(counts))
@@ -85,25 +97,33 @@ class Intake:
         sized = [
             Sized(text[len(prompt) :], count, len(text.encode())) for text, count in zip(said, counts, strict=True)
         ]
+        if plan.space.truncation == "mean":
+            sized = [await self._windowed(plan, each) if each.tokens > most else each for each in sized]
         return sized, took_long
+
+    async def _windowed(self, plan: Plan, long: Sized) -> Sized:
+        """A text that is too long, as overlapping windows that are not."""
+        counter, prompt, most = self._counters[plan.route.model], plan.space.prompt, plan.space.max_input_tokens
+        most -= counter.count(prompt) if prompt else 0
+        [pieces] = await tokens.windows_many(counter, [str(long.payload)], most, plan.route.overlap_tokens)
+        windows = tuple(Sized(piece, counter.count(prompt + piece), len(piece.encode())) for piece in pieces)
+        return msgspec.structs.replace(long, tokens=sum(each.tokens for each in windows), windows=windows)
 
     def _measure_ids(self, plan: Plan, texts: Sequence[tuple[int, ...]], known_tokens: int) -> list[Sized]:
         most = plan.space.max_input_tokens
         if plan.space.truncation == "end":
             texts = [ids[:most] for ids in texts]
-        if (longest := max(map(len, texts))) > most:
+        mean = plan.space.truncation == "mean"
+        if (longest := max(map(len, texts))) > most and not mean:
             raise _too_long(most, str(longest))
         self.check_total(plan, known_tokens + sum(map(len, texts)))
-        return [Sized(ids, len(ids), _BYTES_PER_ID * len(ids)) for ids in texts]
-
-    def _space(self, route: Route, request: EmbeddingRequest) -> Space:
-        space = route.space
-        kind = request.input_type or route.default_input_type
-        for told_apart, prompt in route.prompts:
-            if told_apart == kind:
-                space = replace(space, input_type=kind, prompt=prompt)
-        truncation = request.truncation or route.long_input
-        return space if truncation == "none" else replace(space, truncation=truncation)
+        step = most - plan.route.overlap_tokens
+        return [
+            _sized(ids, [ids[at : at + most] for at in range(0, len(ids) - plan.route.overlap_tokens, step)])
+            if len(ids) > most
+            else _sized(ids)
+            for ids in texts
+        ]
 
     def _width(self, route: Route, dimensions: int | None) -> int | None:
         if dimensions is None:
@@ -123,6 +143,20 @@ class Intake:
         raise InvalidRequest(
             f"Invalid value for 'dimensions' = {dimensions}. Must be {bound}.", param="dimensions", code=code
         )
+
+
+def space_for(route: Route, input_type: InputType | None = None, truncation: Truncation | None = None) -> Space:
+    """Where the vectors of a request lie that asks this of the route; None: it does not say."""
+    space, kind, way = route.space, input_type or route.default_input_type, truncation or route.long_input
+    for told_apart, prompt in route.prompts:
+        if told_apart == kind:
+            space = replace(space, input_type=kind, prompt=prompt)
+    return space if way == "none" else replace(space, truncation=way)
+
+
+def _sized(ids: tuple[int, ...], windows: Sequence[tuple[int, ...]] = ()) -> Sized:
+    parts = tuple(map(_sized, windows))
+    return Sized(ids, sum(part.tokens for part in parts) or len(ids), _BYTES_PER_ID * len(ids), parts)
 
 
 def _too_many(route: Route, number: int, *, exact: bool = True) -> InvalidRequest:

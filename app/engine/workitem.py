@@ -1,7 +1,8 @@
 """One text waiting or in flight, and what it travels with and comes back as: the engine's own nouns."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
@@ -61,25 +62,69 @@ class Fit:
     size_bytes: int
 
 
+@dataclass(slots=True, eq=False)
+class Doubt:
+    """Whether a text of a refused batch is bad, or the deployment refuses all; shared by the batch's pieces.
+
+    `refusals` counts by how often a piece had been split. When both halves were refused, and both halves of both, and
+    nothing was accepted, `unanimous` says that the texts may not be to blame; `blamed` who is, once that was found out.
+    """
+
+    refusals: list[int] = field(default_factory=lambda: [0, 0, 0])
+    accepted: bool = False
+    blamed: Literal["", "texts", "deployment"] = ""
+
+    def refused(self, splits: int) -> None:
+        """A piece that had been split so often was refused."""
+        if splits < len(self.refusals):
+            self.refusals[splits] += 1
+
+    @property
+    def unanimous(self) -> bool:
+        """Whether whatever was sent was refused, two levels deep."""
+        return not self.accepted and self.refusals == [1, 2, 4]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Texts that came back together after a failed call.
+
+    `avoid` names the deployments that they should not go to again, `splits` says how often the batch was halved that
+    they are left of, and `doubt` is shared with the other pieces of it.
+    """
+
+    items: tuple[WorkItem, ...]
+    avoid: frozenset[str] = frozenset()
+    splits: int = 0
+    doubt: Doubt | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Texts that travel together, in the order in which they were waiting.
 
-    `reason` is why no more came along; `avoid` names the deployments at which these texts have failed already.
+    `reason` is why no more came along; the rest is what the group knew that came back, see `Group`.
     """
 
     items: tuple[WorkItem, ...]
     tokens: int
     reason: str
     avoid: frozenset[str] = frozenset()
+    splits: int = 0
+    doubt: Doubt | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a batch formed now would look like: its first text, all that waits, and whom it should not go to."""
+    """What a batch formed now would look like: its first text, all that waits, and whom it should not go to.
+
+    `deadline` is when the first text is of no use any more.
+    """
 
     head_tokens: int
     tokens: int
+    items: int
     priority: Priority
     queued_at: float
+    deadline: float
     avoid: frozenset[str] = frozenset()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from app.domain import EmbeddingRequest, Priority, Text
 from app.engine.fairness import Lane
-from app.engine.workitem import Batch, Demand, Fit, WorkItem
+from app.engine.workitem import Batch, Demand, Fit, Group, WorkItem
 from app.errors import Overloaded
 from app.telemetry import Telemetry
 
@@ -18,11 +18,11 @@ DEFAULT_SHARE = 0.2
 
 
 @dataclass(slots=True)
-class _Group:
-    """Texts that came back together after a failed call, and the deployments that they should not go to again."""
+class _Waiting:
+    """A group that came back, and what of it still waits."""
 
+    group: Group
     items: deque[WorkItem]
-    avoid: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -96,7 +96,7 @@ class WorkQueue:
         self._lanes_upwards = self._lanes[::-1]
         self._owed_lanes = [lane for lane in self._lanes if lane.priority in self._shares]
         self._picked: Lane | None = None
-        self._returned: deque[_Group] = deque()
+        self._returned: deque[_Waiting] = deque()
         self._rate = _ServiceRate()
         self._items = 0
         self._tokens = 0
@@ -142,10 +142,9 @@ class WorkQueue:
         self._lanes[request.priority].add(request, [item])
         self._count_in(item, request.priority)
 
-    def put_back(self, items: Sequence[WorkItem], avoid: frozenset[str] = frozenset()) -> None:
-        """Texts whose call failed go to the head, as a group of their own, not to the deployments in `avoid`."""
-        group = _Group(deque(items), avoid)
-        self._returned.append(group)
+    def put_back(self, group: Group) -> None:
+        """Texts whose call failed go to the head and travel by themselves."""
+        self._returned.append(_Waiting(group, deque(group.items)))
         for item in group.items:
             item.returned = True
             self._count_in(item, item.priority)
@@ -173,49 +172,54 @@ class WorkQueue:
 
     def demand(self) -> Demand | None:
         """What the next batch would begin with; None when nothing waits."""
-        for group in self._returned_groups():
-            tokens = sum(item.tokens for item in group.items)
-            head = group.items[0]
-            return Demand(head.tokens, tokens, self._highest(), head.queued_at, group.avoid)
+        for back in self._returned_groups():
+            tokens = sum(item.tokens for item in back.items)
+            head, avoid = back.items[0], back.group.avoid
+            return Demand(
+                head.tokens, tokens, len(back.items), self._highest(), head.queued_at, head.deadline, avoid
+            )  # fmt: skip
         lane = self._next_lane()
         if lane is None:
             return None
         head = lane.head()
-        return Demand(head.tokens, self._tokens, self._highest(), head.queued_at)
+        return Demand(head.tokens, self._tokens, self._items, self._highest(), head.queued_at, head.deadline)
 
     def take(self, fit: Fit, deployment: str) -> Batch:
         """The next batch within `fit`; empty when nothing waits or the first text needs more tokens than `fit` has.
 
         A group that came back travels alone, and only if it may go to `deployment`.
         """
-        groups = (group for group in self._returned_groups() if deployment not in group.avoid)
-        group = next(groups, None)
+        groups = (back for back in self._returned_groups() if deployment not in back.group.avoid)
+        back = next(groups, None)
         total = _Total(fit)
         taken: list[WorkItem] = []
         reason = "drained"
-        while (item := self._head(group)) is not None:
+        while (item := self._head(back)) is not None:
             if reason := total.refuses(item):
                 break
-            self._remove(item, group)
+            self._remove(item, back)
             total.add(item)
             taken.append(item)
         self._rate.left(total.tokens, self._clock(), backlogged=self._items > 0)
-        return Batch(tuple(taken), total.tokens, reason or "drained", group.avoid if group else frozenset())
+        known = back.group if back is not None else Group(())
+        return Batch(
+            tuple(taken), total.tokens, reason or "drained", known.avoid, known.splits, known.doubt
+        )  # fmt: skip
 
     def _highest(self) -> Priority:
         return next((priority for priority in Priority if self._items_by_priority[priority]), Priority.BULK)
 
-    def _head(self, group: "_Group | None") -> WorkItem | None:
-        if group is not None:
-            self._skip_gone_of(group)
-            return group.items[0] if group.items else None
+    def _head(self, back: "_Waiting | None") -> WorkItem | None:
+        if back is not None:
+            self._skip_gone_of(back)
+            return back.items[0] if back.items else None
         self._picked = self._next_lane()
         return self._picked.head() if self._picked is not None else None
 
-    def _remove(self, item: WorkItem, group: "_Group | None") -> None:
+    def _remove(self, item: WorkItem, back: "_Waiting | None") -> None:
         self._count_out(item)
-        if group is not None:
-            group.items.popleft()
+        if back is not None:
+            back.items.popleft()
             return
         assert self._picked is not None  # noqa: S101 — _head picked it
         self._picked.advance(charge=True)
@@ -251,17 +255,17 @@ class WorkQueue:
         self._telemetry.texts_dropped(items=1, reason="expired")
         return True
 
-    def _skip_gone_of(self, group: "_Group") -> None:
-        while group.items and self._is_gone(group.items[0]):
-            group.items.popleft()
+    def _skip_gone_of(self, back: "_Waiting") -> None:
+        while back.items and self._is_gone(back.items[0]):
+            back.items.popleft()
 
-    def _returned_groups(self) -> "list[_Group]":
+    def _returned_groups(self) -> "list[_Waiting]":
         """The groups that came back and still hold something, first come first."""
-        for group in self._returned:
-            self._skip_gone_of(group)
+        for back in self._returned:
+            self._skip_gone_of(back)
         while self._returned and not self._returned[0].items:
             self._returned.popleft()
-        return [group for group in self._returned if group.items]
+        return [back for back in self._returned if back.items]
 
     # ── counting ────────────────────────────────────────────────────────────────────────────────────────────────────
 

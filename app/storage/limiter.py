@@ -210,11 +210,11 @@ class _Quota:
             self._places.remove(place)
         self._advance(start_us)
         granted = self._tokens.take(tokens, start_us)
-        self._requests.take(requests, start_us)
+        requests_granted = self._requests.take(requests, start_us)
         self._frontier_us = start_us
         if self._longest_us:
             self._open[grant_id] = start_us
-        return Grant(grant_id, claim.deployment, granted, claim.requests, wait_us / _S)
+        return Grant(grant_id, claim.deployment, granted, requests_granted, wait_us / _S)
 
     def settle(self, grant: Grant, tokens_used: int | None, requests_used: int, now_us: int) -> None:
         start_us = self._open.pop(grant.id, None)
@@ -245,7 +245,8 @@ class _Quota:
                 requests_ahead += place.requests
         rate, bulk = self._rate_at(now_us), claim.priority is Priority.BULK
         tokens = _Ask(claim.tokens_min, claim.tokens_max, tokens_ahead, rate, bulk)
-        return mine, tokens, _Ask(claim.requests, claim.requests, requests_ahead, rate, bulk)
+        most = max(claim.requests, claim.requests_max)
+        return mine, tokens, _Ask(claim.requests, most, requests_ahead, rate, bulk)
 
     def _keep_place(self, claim: Claim, place: _Place | None, until_us: int) -> None:
         if place is not None:
@@ -284,7 +285,7 @@ class InProcessLimiter:
         grant_id = next(self._ids)
         quota = self._quotas.get(claim.deployment)
         if quota is None:
-            return Grant(grant_id, claim.deployment, claim.tokens_max, claim.requests)
+            return Grant(grant_id, claim.deployment, claim.tokens_max, max(claim.requests, claim.requests_max))
         return quota.reserve(claim, grant_id, self._now_us())
 
     async def settle(self, grant: Grant, tokens_used: int | None, *, requests_used: int = 1) -> None:

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from app.domain import EmbeddingRequest, Priority, Tenant, Text
-from app.engine.workitem import Fit, WorkItem
+from app.engine.workitem import Fit, Group, WorkItem
 from app.engine.workqueue import DEFAULT_SHARE, QueueBound, WorkQueue
 from app.errors import Overloaded
 from app.telemetry import Telemetry
@@ -310,7 +310,7 @@ async def test_returned_texts_go_first_and_elsewhere() -> None:
     _, items = bench.put("x", "y")
     bench.queue.take(EVERYTHING, "d0")
     bench.put("fresh")
-    bench.queue.put_back(items, frozenset({"d0"}))
+    bench.queue.put_back(Group(tuple(items), frozenset({"d0"})))
     demand = bench.queue.demand()
     assert demand is not None
     assert demand.avoid == {"d0"}
