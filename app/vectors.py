@@ -67,9 +67,9 @@ def mean(rows: Sequence[bytes], weights: Sequence[int], *, unit: bool) -> bytes:
 
 
 def normalised(vectors: Matrix) -> Matrix:
-    """Each row brought to unit length; rows that have it up to rounding stay as they are, and so do zeros."""
+    """Each row brought to unit length; rows that have it up to rounding stay as they are, and so does what has none."""
     norms = np.sqrt(_squares(vectors))
-    odd = (np.abs(norms - 1.0) > _ROUNDING) & (norms > 0)
+    odd = (np.abs(norms - 1.0) > _ROUNDING) & (norms > 0) & np.isfinite(norms)
     if odd.any():
         vectors = vectors.copy()
         vectors[odd] = (vectors[odd] / norms[odd, None]).astype(np.float32)

@@ -44,12 +44,11 @@ class Said(NamedTuple):
 class Target:
     """What one deployment calls: the model's name on the wire, and the options that its dialect has in the settings.
 
-    `dimensions` None: the field is not sent, the model's own width comes. `names`: what a reply may call the model
-    (none: anything).
+    `card` is what is known of the model, None if nothing is. `names`: what a reply may call it (none: anything).
     """
 
     model: str
-    dimensions: int | None = None
+    card: ModelCard | None = None
     names: frozenset[str] = frozenset()
     options: Mapping[str, str] = field(default_factory=dict)
 
@@ -79,9 +78,19 @@ class Dialect(ABC):
     def __init__(self, target: Target) -> None:
         self.target = target
 
+    @classmethod
+    def terms(cls, model: str) -> ModelCard | None:
+        """The card by whose prices, tiers and shutdown date a model is bought here: its own, unless it is resold."""
+        return cls.models.get(model)
+
     def headers(self, key: str) -> dict[str, str]:
         """What carries the key."""
         return {"authorization": f"Bearer {key}"}
+
+    def size(self, space: Space) -> int | None:
+        """The width to ask for; None: not to be mentioned, since it is the model's own, or not known to be a choice."""
+        card = self.target.card
+        return None if card is None or space.dimensions == card.dimensions else space.dimensions
 
     async def check(self, texts: Sequence[Text], space: Space, post: Post) -> None:  # noqa: B027 — most need not
         """Asks what must be known before the call; raises InputRefused for what would be cut silently."""

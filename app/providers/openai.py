@@ -18,7 +18,6 @@ _TIERS = {
     "4": Quota(10_000, 5_000_000),
     "5": Quota(10_000, 10_000_000),
 }
-_TOO_LONG = re.compile(r"maximum (?:context|input) length")
 _WHICH = re.compile(r"Invalid 'input\[(\d{1,4})\]'")
 
 
@@ -30,11 +29,18 @@ def _card(dimensions: int, price: int, *, cuts: bool, created: int, owned_by: st
 
 
 class OpenAI(Dialect):
-    """OpenAI itself, and what speaks like it."""
+    """OpenAI itself, and what speaks like it.
+
+    `too_long` is how a refusal says that a text is, `misconfigured` how it says that no text is at fault.
+    """
 
     name = "openai"
     base_url = "https://api.openai.com/v1"
     takes_token_ids = True
+    too_long: ClassVar[re.Pattern[str]] = re.compile(r"maximum (?:context|input) length")
+    misconfigured: ClassVar[re.Pattern[str]] = re.compile(
+        r"not allowed to generate embeddings from|specifying dimensions|'dimensions'|provide a model parameter"
+    )
     models: ClassVar[Mapping[str, ModelCard]] = {
         "text-embedding-3-small": _card(1536, 20_000, cuts=True, created=1_705_948_997),
         "text-embedding-3-large": _card(3072, 130_000, cuts=True, created=1_705_953_180),
@@ -52,8 +58,8 @@ class OpenAI(Dialect):
             "encoding_format": "base64",
             "input": said[0] if alone else said,
         }
-        if self.target.dimensions is not None:
-            body["dimensions"] = self.target.dimensions
+        if (size := self.size(space)) is not None:
+            body["dimensions"] = size
         return Ask("embeddings", body)
 
     def refusal(self, answer: Answer) -> ProviderError:
@@ -66,20 +72,24 @@ class OpenAI(Dialect):
             return InputRefused(f"{detail}: larger than the whole quota")
         if status == 429:
             return Throttled(detail, retry_after_s(answer.headers, next(iter(words & {"requests", "tokens"}), "")))
-        if status == 403 and "not allowed to generate embeddings from this model" in message:
-            return Misconfigured(f"{detail}: no embedding model")
-        if status == 400:
+        if status in (400, 403, 422) and self.misconfigured.search(message):
+            return Misconfigured(f"{detail}: the model or its dimensions")
+        if status in (400, 422):
             which = _WHICH.match(message)
             return InputRefused(
-                detail, position=int(which[1]) if which else None, too_long=_TOO_LONG.search(message) is not None
+                detail, position=int(which[1]) if which else None, too_long=self.too_long.search(message) is not None
             )
         return by_status(answer)
 
 
 def error_said(answer: Answer) -> tuple[str, set[str]]:
-    """The message of an error body, and its machine words (`type`, `code`); OpenAI's envelope, or a flat one."""
+    """The message of an error body, and its machine words (`type`, `code`); OpenAI's envelope, a flat one or a text."""
     said = answer.said()
     error = said.get("error", said)
     if not isinstance(error, dict):
-        return "", set()
-    return str(error.get("message", "")), {str(error.get("type")), str(error.get("code"))}
+        return _text(error), set()
+    return _text(error.get("message")), {_text(error.get("type")), _text(error.get("code"))}
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""

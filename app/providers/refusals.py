@@ -85,12 +85,13 @@ def bounded(wait_s: float) -> float:
 
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(h|ms|m|s)")
+_MOST_CHARS = 32  # a thousand digits without a unit would take the expression a long time
 _UNIT_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3}
 
 
 def go_duration_s(text: str) -> float | None:
     """`6m0s`, `8.64s`, `20ms` in seconds."""
-    if not text or _DURATION.sub("", text):
+    if not 0 < len(text) <= _MOST_CHARS or _DURATION.sub("", text):
         return None
     return sum(float(number) * _UNIT_S[unit] for number, unit in _DURATION.findall(text))
 

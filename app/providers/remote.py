@@ -20,6 +20,7 @@ from app.vectors import Matrix, decode_base64, normalised
 _MOST_ITEMS = 2048
 _MOST_FLOATS = 256 * 1536
 """Numbers written as text that one reply may bring: finding where each vector ends takes about 10 ms at once."""
+_USUAL_WIDTH = 1536
 _SLICE_FLOATS = 32 * 1536
 """Numbers that are read before the loop gets its turn: about 3 ms."""
 _DATED = re.compile(r"-\d{4}-?\d{2}-?\d{2}")
@@ -28,14 +29,14 @@ _DATED = re.compile(r"-\d{4}-?\d{2}-?\d{2}")
 class RemoteProvider:
     """The `Provider` that speaks `dialect` over `endpoint`; see `ports.Provider`.
 
-    `width` is the vectors' width. With `normalise` they are brought to unit length, where the vendor leaves that to us.
+    Vectors that the vendor does not send at unit length, as its card says, are brought to it.
     """
 
-    def __init__(self, dialect: Dialect, endpoint: Endpoint, *, width: int, normalise: bool = False) -> None:
+    def __init__(self, dialect: Dialect, endpoint: Endpoint) -> None:
         self._dialect = dialect
         self._endpoint = endpoint
-        self._normalise = normalise
-        self._max_items = max(1, _MOST_FLOATS // width)
+        card = dialect.target.card
+        self._max_items = max(1, _MOST_FLOATS // (card.dimensions if card else _USUAL_WIDTH))
 
     @property
     def max_items(self) -> int:
@@ -52,7 +53,7 @@ class RemoteProvider:
         await self._dialect.check(texts, space, post)
         ask = self._dialect.ask(texts, space)
         most_bytes = len(texts) * (space.dimensions * 32 + 256) + 65_536  # numbers with 17 digits, and an envelope
-        most_bytes += sum(4 * len(text) for text in texts)  # some vendors repeat the texts
+        most_bytes += sum(12 * len(text) for text in texts)  # some vendors repeat the texts, all characters escaped
         answer = await self._post(ask, most_bytes=most_bytes, ends=ends)
         said = self._read(answer.content)
         self._check_model(said.model)
@@ -100,7 +101,13 @@ class RemoteProvider:
                 vectors[place] = _row(embedding, dimensions)
             await asyncio.sleep(0)
         self._max_items = _MOST_ITEMS if as_base64 else max(1, _MOST_FLOATS // dimensions)
-        return normalised(vectors) if self._normalise else vectors
+        return normalised(vectors) if self._leaves_length_to_us(dimensions) else vectors
+
+    def _leaves_length_to_us(self, width: int) -> bool:
+        card = self._dialect.target.card
+        if card is None or card.normalised == "always":
+            return False
+        return card.normalised == "never" or width != card.dimensions
 
     def _stated(self, headers: Mapping[str, str]) -> Stated:
         requests, tokens = (headers.get(name, "") for name in self._dialect.limit_headers)

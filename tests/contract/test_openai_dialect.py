@@ -3,14 +3,21 @@
 from collections.abc import AsyncIterator
 
 import numpy as np
+import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app.domain import Space, Text
-from app.errors import ConfigurationError, MalformedReply, Transient
+from app.errors import ConfigurationError, MalformedReply, ProviderError, Throttled, Transient
+from app.ports import Stated
+from app.providers.dialect import Target
 from app.providers.openai import OpenAI
+from app.providers.refusals import Answer
 from app.providers.remote import RemoteProvider
 from app.vectors import cut
 from tests.emulators import faults
+from tests.emulators.judge import Judge
 from tests.emulators.openai import OpenAIEmulator
 from tests.identity import identifying_vector, identifying_vectors
 from tests.remote import remote
@@ -104,7 +111,7 @@ async def test_a_mixed_batch_is_our_bug(provider: RemoteProvider) -> None:
 
 async def test_dimensions_are_asked_for(emulator: OpenAIEmulator) -> None:
     """A deployment that buys a smaller width says so, and gets the vendor's own cut."""
-    provider = remote(OpenAI, emulator.base_url, emulator.api_key, MODEL, width=256)
+    provider = remote(OpenAI, emulator.base_url, emulator.api_key, MODEL)
     reply = await provider.embed(TEXTS, Space(MODEL, 256), timeout_s=10)
     await provider.aclose()
     assert emulator.arrivals[0].body["dimensions"] == 256
@@ -208,3 +215,35 @@ async def test_the_largest_call_is_understood() -> None:
         await provider.aclose()
     assert reply.vectors.shape == (2048, 1536)
     assert (reply.vectors == identifying_vector("", MODEL, 1536)).all()
+
+
+async def test_the_accounts_limits_are_told() -> None:
+    """What the headers of an answer say of the account's quotas comes with the reply."""
+    async with OpenAIEmulator(judge=Judge(3000, 1_000_000)) as emulator:
+        provider = remote(OpenAI, emulator.base_url, emulator.api_key, MODEL)
+        reply = await provider.embed(TEXTS, SPACE, timeout_s=10)
+        await provider.aclose()
+    assert reply.stated == Stated(3000, 1_000_000)
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=9) | st.just("Invalid 'input[3]'"),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["error", "message", "type", "code"]), inner)
+    ),
+    max_leaves=9,
+)
+_nested = st.just(b'{"error":{"message":' + b"[" * 900 + b"]" * 900 + b"}}")
+_waits = (
+    st.text(max_size=9) | st.floats().map(str) | st.sampled_from(["6m0s", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+)
+
+
+@given(st.integers(300, 599), _json.map(orjson.dumps) | _nested | st.binary(max_size=40), _waits)
+def test_whatever_stands_in_an_error_it_has_a_meaning(status: int, body: bytes, wait: str) -> None:
+    """No body and no header makes a refusal raise, and no wait is longer than two minutes or shorter than none."""
+    headers = dict.fromkeys(("retry-after", "retry-after-ms", "x-ratelimit-reset-tokens"), wait)
+    refusal = OpenAI(Target(MODEL)).refusal(Answer(status, headers, bytearray(body)))
+    assert isinstance(refusal, ProviderError)
+    if isinstance(refusal, Throttled) and refusal.retry_after_s is not None:
+        assert 0 <= refusal.retry_after_s <= 120

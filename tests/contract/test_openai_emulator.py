@@ -7,10 +7,13 @@ import numpy as np
 import openai
 import pytest
 
+from app.providers.openai import OpenAI
 from app.vectors import cut
+from tests.contract.tried import answered, understood
 from tests.emulators import faults
+from tests.emulators.cases import Case
 from tests.emulators.judge import Judge
-from tests.emulators.openai import OpenAIEmulator
+from tests.emulators.openai import CASES, OpenAIEmulator
 from tests.emulators.server import Bill
 from tests.identity import identifying_vector
 
@@ -171,3 +174,11 @@ async def test_a_minute_is_judged_strictly() -> None:
         with pytest.raises(openai.RateLimitError, match="Request too large for"):
             await client.embeddings.create(model=SMALL, input="word " * 11)
     assert (judge.refusals, emulator.bill.tokens) == (3, 13)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.row)
+async def test_each_row_of_the_sheet_is_answered_and_understood(case: Case) -> None:
+    """The emulator answers it word for word, and the dialect knows what is to be done."""
+    for trial in (answered, understood):
+        async with OpenAIEmulator(judge=Judge(3000, 1_000_000)) as emulator:
+            await trial(case, OpenAI, emulator, SMALL, {})
