@@ -1,10 +1,14 @@
-"""Hides the command line: what an operator types, what is printed, and the exit codes (2: something to mend)."""
+"""Hides the command line: what an operator types, what is printed, and the exit codes.
+
+1: a deployment does not answer as it should; 2: something to mend in the configuration.
+"""
 
 import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,7 +17,19 @@ import typer
 from app import __version__
 from app.domain import Route
 from app.errors import ConfigurationError
-from app.settings import Settings, describe, find, load
+from app.providers.cards import KNOWN_ON
+from app.settings import (
+    Row,
+    Settings,
+    catalog_rows,
+    cautions,
+    describe,
+    find,
+    json_lines,
+    load,
+    table,
+    verdict,
+)
 
 _T = TypeVar("_T")
 
@@ -28,13 +44,20 @@ Without any configuration it serves a small model on this machine, to this machi
 With one (--config FILE, or EMBEDGATE_CONFIG, or ./embedgate.toml), look at what was understood first:
 
     embedgate check --config embedgate.toml
+    embedgate check --config embedgate.toml --live
     embedgate serve --config embedgate.toml
 
 Every value can be overridden by the environment: EMBEDGATE_SERVER__PORT=9000, EMBEDGATE_DEPLOYMENTS__OPENAI_MAIN__TIMEOUT_S=10.
 """  # noqa: E501 - lines to copy
 
+
+def _with_examples(text: str) -> str:
+    """Keeps indented lines as they are, where others are wrapped."""
+    return text.replace("\n\n    ", "\n\n\b\n    ")
+
+
 command = typer.Typer(
-    help=_EXAMPLES.replace("\n\n    ", "\n\n\b\n    "),
+    help=_with_examples(_EXAMPLES),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,6 +68,28 @@ _Config = Annotated[
     Path | None,
     typer.Option("--config", "-c", metavar="FILE", help="Default: $EMBEDGATE_CONFIG, then ./embedgate.toml."),
 ]
+
+_CHECK = """
+Say what is wrong with the configuration (exit code 2), or print what is in force: defaults, tiers, headroom and catalog
+included, keys masked. What can be served but deserves a look is told on the standard error.
+
+With --live, call every deployment of every model once with three texts instead, one of them near the longest that fits,
+and print a row for each: how long it took, how wide the vectors are, how near to those first accepted (--accept makes
+these the accepted ones), the limits per minute that the vendor states beside those configured, and the price. Exit code
+1 when one does not answer, answers other vectors, or has a smaller quota than configured:
+
+    embedgate check --live
+    embedgate check --live --json | jq 'select(.wrong != [])'
+"""
+_MODELS = f"""
+List the models that are served, with their deployments in the order they are tried, and then the catalog: what is known
+of the vendors' models as of {KNOWN_ON}. A model of the catalog needs only dialect, model and key; any other one needs
+its dimensions.
+
+With --json, a line with "deployments" is served, a line with "dialect" is of the catalog:
+
+    embedgate models --json | jq 'select(.dialect == "voyage")'
+"""
 
 
 def main() -> None:
@@ -86,39 +131,63 @@ def serve(
     _run(lambda: server.serve(settings, lambda base_url: _announce(settings, base_url)))
 
 
-@command.command()
-def check(config: _Config = None) -> None:
-    """Say what is wrong with the configuration, or print what was understood, defaults included, keys masked."""
+@command.command(help=_with_examples(_CHECK))
+def check(
+    config: _Config = None,
+    live: Annotated[bool, typer.Option("--live", help="Call every deployment once.")] = False,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="With --live: from now on its vectors are those to compare with.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --live: one JSON object per line.")] = False,
+) -> None:
+    """See `_CHECK`."""
+    if (accept or as_json) and not live:
+        raise typer.BadParameter("--accept and --json belong to --live")
     path = find(config, os.environ)
     settings = load(path, os.environ)
-    _run(lambda: _routes(settings))
-    print(f"# {path or 'no configuration file: the embedded default'}\n\n{describe(settings)}")
+    if live:
+        rows = _run(lambda: _probed(settings, accept=accept))
+    else:
+        _run(lambda: _routes(settings))
+    for caution in cautions(settings, datetime.now(UTC).date()):
+        print(f"embedgate: warning: {caution}", file=sys.stderr)
+    if not live:
+        print(f"# {path or 'no configuration file: the embedded default'}\n\n{describe(settings)}")
+        return
+    print(json_lines(rows) if as_json else table(rows))
+    if any(row["wrong"] for row in rows):
+        raise typer.Exit(1)
 
 
-@command.command()
+@command.command(help=_with_examples(_MODELS))
 def models(
     config: _Config = None, as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False
 ) -> None:
-    """List the models: name, dimensions, longest input in tokens, deployments in the order they are tried."""
+    """See `_MODELS`."""
     settings = load(find(config, os.environ), os.environ)
-    rows = [_row(route) for route in _run(lambda: _routes(settings))]
+    served = [_row(route) for route in _run(lambda: _routes(settings))]
     if as_json:
-        print(*map(json.dumps, rows), sep="\n")
+        print(json_lines([*served, *catalog_rows()]))
         return
-    shown = [["MODEL", "DIMENSIONS", "MAX TOKENS", "DEPLOYMENTS"]]
-    shown += [[", ".join(value) if isinstance(value, list) else str(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    for cells in shown:
-        print("  ".join(map(str.ljust, cells, widths)).rstrip())
+    print(f"{table(served)}\n\nThe catalog as of {KNOWN_ON}:\n\n{table(catalog_rows())}")
 
 
-def _row(route: Route) -> dict[str, Any]:
+def _row(route: Route) -> Row:
     return {
         "model": route.model,
         "dimensions": route.space.dimensions,
         "max_input_tokens": route.space.max_input_tokens,
         "deployments": [deployment.name for deployment in route.deployments],
     }
+
+
+async def _probed(settings: Settings, *, accept: bool) -> Sequence[Row]:
+    """A row per deployment of each model; the log stays out of the answer."""
+    from app.runtime import Runtime  # only now: see `serve`
+
+    quiet = settings.server.model_copy(update={"log_file": os.devnull})
+    async with Runtime(settings.model_copy(update={"server": quiet})) as runtime:
+        return [verdict(settings, finding) for finding in await runtime.probe(accept=accept)]
 
 
 async def _routes(settings: Settings) -> list[Route]:

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 import orjson
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -206,10 +206,17 @@ class Telemetry:
         self.batch_tokens = histogram("batch_tokens", "Tokens in a call", by_deployment, _TOKENS)
         self.batch_fill = histogram("batch_fill_ratio", "Fullest dimension of a call", by_deployment, _RATIOS)
         self.limiter_wait_seconds = histogram("limiter_wait_seconds", "Wait for quota", by_deployment, _SECONDS)
+        self.pool_wait_seconds = histogram("pool_wait_seconds", "Wait for a new connection", by_deployment, _SECONDS)
+        self.connections_opened = counter("pool_connections_opened", "Connections to providers", "deployment")
         self.flushes = counter("flushes", "Why a batch was closed", "deployment", "reason")
         self.billed_tokens = counter("provider_tokens", "Tokens that providers counted", "deployment")
         self.retries = counter("retries", "Texts sent again", "deployment", "reason")
         self.dropped_texts = counter("dropped_texts", "Waiting texts that nobody wanted any more", "reason")
+        self.canary_cosine = Gauge(
+            "embedgate_canary_cosine", "Nearness of the probes' vectors to the accepted ones", ("model", "deployment"),
+            registry=self.registry,
+        )  # fmt: skip
+        self.degraded = counter("degraded_answers", "Requests answered by another model on outage", "model", "by")
         self.loop_crashes = counter("loop_crashes", "Bugs that a supervised loop survived", "loop")
 
     def watch(self, name: str, text: str, labels: tuple[str, ...], read: Callable[[], Reading]) -> None:
@@ -308,11 +315,40 @@ class Telemetry:
         """A permit had to wait for quota."""
         self.limiter_wait_seconds.labels(deployment).observe(wait_s)
 
+    def connection_opened(self, *, deployment: str, wait_s: float) -> None:
+        """A call found no idle connection, and got a new one."""
+        self.connections_opened.labels(deployment).inc()
+        self.pool_wait_seconds.labels(deployment).observe(wait_s)
+
+    def answer_degraded(self, *, model: str, by: str) -> None:
+        """Every deployment of `model` was out, and a caller who allowed it was answered `by` another model."""
+        self.degraded.labels(model, by).inc()
+
     # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def breaker_changed(self, *, deployment: str, state: str, reason: str) -> None:
         """A deployment was left alone, is being probed, or is trusted again."""
         self._event("breaker.changed", deployment=deployment, state=state, reason=reason)
+
+    def canary_sang(
+        self, *, model: str, deployment: str, cosine: float | None, tokens: int, error: str
+    ) -> None:  # fmt: skip
+        """A deployment was probed; `cosine` is to the accepted vectors of its Space, None where there were none."""
+        self.billed_tokens.labels(deployment).inc(tokens)
+        if cosine is not None:
+            self.canary_cosine.labels(model, deployment).set(cosine)
+        self._event(
+            "canary.sang", model=model, deployment=deployment, tokens=tokens, error=error,
+            cosine=None if cosine is None else round(cosine, 6),
+        )  # fmt: skip
+
+    def space_changed(self, *, model: str, deployment: str, strange: bool) -> None:
+        """A deployment's vectors are no longer those of its Space, or are again."""
+        self._event("space.strange" if strange else "space.sound", model=model, deployment=deployment)
+
+    def model_retires(self, *, deployment: str, model: str, shutdown: str, days: int) -> None:
+        """The vendor shuts a deployment's model down on the day `shutdown`, in `days` (after it: fewer than 0)."""
+        self._event("model.retires", deployment=deployment, model=model, shutdown=shutdown, days=days)
 
     def loop_crashed(self, *, loop: str, error: BaseException) -> None:
         """A bug in a supervised loop; what it held has failed and the loop goes on."""

@@ -56,7 +56,7 @@ class Words:
 
     def cut(self, text: str, max_tokens: int) -> str:
         """The first words."""
-        head = re.match(r"(?:\s*\S+){0,%d}" % max_tokens, text)
+        head = re.match(rf"(?:\s*\S+){{0,{max_tokens}}}", text)
         assert head is not None
         return head[0]
 

@@ -141,6 +141,7 @@ _WAIT = {
 _TOLD = {
     "x-embedgate-cache": _header("How many texts came from the cache: `hit=3,miss=1`."),
     "x-embedgate-space": _header("Vectors of one space may be compared."),
+    "x-embedgate-degraded": _header("The model that answered in place of yours, which is out; as in the body."),
     "x-embedgate-deployment": _header("Who answered, in order of first use; absent if all came from the cache."),
     "x-embedgate-queue-ms": _header("The longest wait of a text before its call left; as above.", "integer"),
     "x-embedgate-batch-items": _header("The size of the largest batch that carried a text; as above.", "integer"),
@@ -174,6 +175,8 @@ _CREATE: _Schema = {
         {"name": "x-embedgate-deadline-ms", "in": "header",
          "schema": {"type": "integer", "minimum": 1, "maximum": 3_600_000},
          "description": "How long an answer is of use; later it is a 504."},
+        {"name": "x-embedgate-allow-degraded", "in": "header", "schema": {"type": "boolean"},
+         "description": "Whether, when every deployment of the model is out, vectors of another model are welcome."},
     ],
     "requestBody": {
         "required": True,

@@ -279,8 +279,8 @@ class Dispatcher:
     async def _refused(self, gate: Gate, batch: Batch, error: InputRefused) -> Returned:
         """The bad text fails, alone; where nobody says which it is, the batch is halved until it stands alone.
 
-        Halving costs no attempt. But a deployment that refuses whatever it gets is to blame itself: when it has accepted
-        nothing since it last refused something, a harmless text of our own decides.
+        Halving costs no attempt. But a deployment that refuses whatever it gets is to blame itself: when it has
+        accepted nothing since it last refused something, a harmless text of our own decides.
         """
         doubt = batch.doubt or Doubt()
         doubt.refused(batch.splits)

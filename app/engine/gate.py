@@ -43,8 +43,8 @@ class Bell:
 class Gate:
     """One deployment's door, shared by all its spaces: slots, breaker, retry budget, batch sizes, how it counts tokens.
 
-    `strange`: its vectors are no longer those of its Space. `proven`: it has accepted a text since it last refused one. `cooling` counts its
-    429s since anything landed: until then its calls go one by one.
+    `strange`: its vectors are no longer those of its Space. `proven`: it has accepted a text since it last refused one.
+    `cooling` counts its 429s since anything landed: until then its calls go one by one.
     """
 
     def __init__(self, deployment: Deployment, provider: Provider, breaker: CircuitBreaker, ratio: LearnedRatio | None):

@@ -15,7 +15,7 @@ _BYTES_PER_ID = 8
 
 
 class Plan(msgspec.Struct, frozen=True, eq=False):
-    """A legal request: who serves it, in which Space, and the width to cut to (None: the full one)."""
+    """A legal request: who serves it, in which Space, and the width to cut to (None: the Space's own)."""
 
     request: EmbeddingRequest
     route: Route
@@ -46,6 +46,7 @@ class Intake:
         self.routes = routes
         self._counters = counters
         self._vocabulary = vocabulary
+        self._spaces: dict[tuple[str, InputType | None, Truncation | None, int | None], Space] = {}
 
     def plan(self, request: EmbeddingRequest) -> Plan:
         """Finds who serves `request`. Raises UnknownModel and InvalidRequest."""
@@ -54,12 +55,20 @@ class Intake:
             raise UnknownModel(request.model)
         if request.truncation == "end" and not (self._counters[route.model].exact or route.vendor_cuts):
             raise InvalidRequest("This model does not support 'truncate'.", param="truncate", code="invalid_value")
-        return Plan(
-            request,
-            route,
-            space_for(route, request.input_type, request.truncation),
-            self._width(route, request.dimensions),
-        )
+        width = request.dimensions
+        if width is not None:
+            _check_size(route, width)
+        cut = width if width is not None and route.cuts_dimensions and width < route.space.dimensions else None
+        return Plan(request, route, self._space(route, request, None if cut else width), cut)
+
+    def _space(self, route: Route, request: EmbeddingRequest, width: int | None) -> Space:
+        """See `space_for`; made once for each of the few ways to ask."""
+        way = (route.model, request.input_type, request.truncation, width)
+        space = self._spaces.get(way)
+        if space is None:
+            space = space_for(route, request.input_type, request.truncation)
+            self._spaces[way] = space = replace(space, dimensions=width or space.dimensions)
+        return space
 
     def check_total(self, plan: Plan, total_tokens: int) -> None:
         """Refuses a request whose texts sum to too many tokens; an estimate refuses nothing."""
@@ -125,24 +134,22 @@ class Intake:
             for ids in texts
         ]
 
-    def _width(self, route: Route, dimensions: int | None) -> int | None:
-        if dimensions is None:
-            return None
-        if not route.cuts_dimensions:
-            raise InvalidRequest("This model does not support specifying dimensions.")
-        full = route.space.dimensions
-        if dimensions == full or (1 <= dimensions < full and (not route.sizes or dimensions in route.sizes)):
-            return dimensions if dimensions < full else None
-        if route.sizes and not isinstance(route.sizes, range):
-            known = ", ".join(str(size) for size in sorted({*route.sizes, full}) if size <= full)
-            message = f"Invalid value for 'dimensions' = {dimensions}. Must be one of {known}."
-            raise InvalidRequest(message, param="dimensions", code="invalid_value")
-        bound, code = (f"less than or equal to {full}", "integer_above_max_value")
-        if dimensions < 1:
-            bound, code = ("greater than or equal to 1", "integer_below_min_value")
-        raise InvalidRequest(
-            f"Invalid value for 'dimensions' = {dimensions}. Must be {bound}.", param="dimensions", code=code
-        )
+
+def _check_size(route: Route, dimensions: int) -> None:
+    """Raises InvalidRequest for a width that nobody makes."""
+    full, sizes = route.space.dimensions, route.sizes
+    if not route.cuts_dimensions and not sizes:
+        raise InvalidRequest("This model does not support specifying dimensions.")
+    if dimensions == full or (dimensions in sizes if sizes else 1 <= dimensions <= full):
+        return
+    least, most = (min(sizes), max(full, *sizes)) if sizes else (1, full)
+    bound, code = f"less than or equal to {most}", "integer_above_max_value"
+    if dimensions < least:
+        bound, code = f"greater than or equal to {least}", "integer_below_min_value"
+    elif dimensions <= most:
+        bound, code = f"one of {', '.join(map(str, sorted({*sizes, full})))}", "invalid_value"
+    message = f"Invalid value for 'dimensions' = {dimensions}. Must be {bound}."
+    raise InvalidRequest(message, param="dimensions", code=code)
 
 
 def space_for(route: Route, input_type: InputType | None = None, truncation: Truncation | None = None) -> Space:

@@ -1,35 +1,69 @@
-"""Hides one provider's HTTP: its connection pool, whole-call time-outs, bounded bodies, what lost exchanges mean."""
+"""Hides one provider's HTTP: its connection pool, time-outs, proxies, bounded bodies, what lost exchanges mean."""
 
 import asyncio
 import functools
 import ssl
-from collections.abc import AsyncIterator, Mapping
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+from urllib.parse import urlsplit
 
 import aiohttp
 import httpx
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
 from httpx_aiohttp import AiohttpTransport
 
 from app.errors import CallTimeout, ConfigurationError, MalformedReply, ProviderError, Transient, Unreachable
 from app.providers.refusals import Answer
 
-_CONNECT_S = 5.0
 _KEEP_ALIVE_S = 30.0
 _PIECE_BYTES = 2**18
 _MOST_ERROR_BYTES = 2**16
 
 
+OnOpened: TypeAlias = Callable[[float], None]
+"""Told of each connection that was opened for an exchange how many seconds the exchange waited for it."""
+
+
+class Pool(NamedTuple):
+    """The connections to one provider now; `waiting` are exchanges that have none yet."""
+
+    busy: int
+    idle: int
+    waiting: int
+
+
 class Endpoint:
     """Posts JSON to one provider over at most `max_connections` kept-alive connections.
 
-    Nothing of the environment (proxies, netrc) is used, redirects are not followed, nothing is retried and cookies
-    are not kept. `headers` go with every call. Raises ConfigurationError for headers that HTTP cannot carry.
+    Redirects are not followed, nothing is retried and cookies are not kept. Nothing of the environment is used, except
+    its proxies (as they are now) with `proxy_from_environment`. `headers` go with every call. `connect_timeout_s` is
+    for a connection with its TLS, `read_timeout_s` for the provider's silence. Raises ConfigurationError for headers
+    that HTTP cannot carry and proxies that cannot be used.
     """
 
-    def __init__(self, base_url: str, headers: Mapping[str, str], *, max_connections: int) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        headers: Mapping[str, str],
+        *,
+        max_connections: int,
+        connect_timeout_s: float = 5.0,
+        read_timeout_s: float | None = None,
+        proxy_from_environment: bool = False,
+        on_opened: OnOpened = lambda wait_s: None,
+    ) -> None:
         for name, value in headers.items():
             if not (value.isascii() and value.isprintable()):
                 raise ConfigurationError(f"the value of the header `{name}` has characters that HTTP cannot carry")
         self._max_connections = max_connections
+        self._timeouts = {"connect": connect_timeout_s, "read": read_timeout_s}
+        self._proxy = _proxy(base_url) if proxy_from_environment else None
+        self._on_opened = on_opened
+        self._connector: _Connector | None = None
+        self._exchanges = 0
         self._url = functools.cache(httpx.URL(base_url.rstrip("/") + "/").join)
         self._headers = {
             "user-agent": "embedgate", "accept-encoding": "identity", "content-type": "application/json", **headers
@@ -41,6 +75,7 @@ class Endpoint:
 
         A 2xx longer than `most_bytes` or compressed although that was not asked is a MalformedReply.
         """
+        self._exchanges += 1
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._exchange(path, body, most_bytes)
@@ -50,6 +85,16 @@ class Endpoint:
             raise CallTimeout(f"no complete answer within {timeout_s:.3g} s") from None
         except OSError as error:
             raise _translated(error) from None
+        finally:
+            self._exchanges -= 1
+
+    def pool(self) -> Pool:
+        """The connections now."""
+        connector = self._connector
+        if connector is None:
+            return Pool(0, 0, self._exchanges)
+        busy = self._exchanges - connector.waiting
+        return Pool(busy, max(0, len(connector.open) - busy), connector.waiting)
 
     async def aclose(self) -> None:
         """Closes all connections."""
@@ -63,10 +108,12 @@ class Endpoint:
             self._url(path),
             headers={**self._headers, "content-length": str(len(body))},
             content=_pieces(body),
-            extensions={"timeout": {"connect": _CONNECT_S}},
+            extensions={"timeout": self._timeouts},
         )
         response = await self._transport.handle_async_request(request)
         try:
+            if response.status_code == 407:
+                raise Unreachable("the proxy refused: HTTP 407")
             if not response.is_success:
                 return Answer(response.status_code, response.headers, await _head(response, _MOST_ERROR_BYTES))
             if response.headers.get("content-encoding", "identity") != "identity":
@@ -79,8 +126,63 @@ class Endpoint:
             await response.aclose()
 
     def _open_session(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(limit=self._max_connections, ssl=_tls(), keepalive_timeout=_KEEP_ALIVE_S)
-        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
+        self._connector = _Connector(
+            self._on_opened, limit=self._max_connections, ssl=_tls(), keepalive_timeout=_KEEP_ALIVE_S
+        )
+        # Its own trust_env would read .netrc too, at every call.
+        return aiohttp.ClientSession(
+            connector=self._connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False, proxy=self._proxy
+        )
+
+
+class _Connector(aiohttp.TCPConnector):
+    """A pool that knows who waits for a connection and which connections are open."""
+
+    def __init__(self, on_opened: OnOpened, **options: Any) -> None:
+        super().__init__(**options)
+        self._on_opened = on_opened
+        self.waiting = 0
+        self.open: set[object] = set()
+
+    async def connect(self, *args: Any, **options: Any) -> Connection:
+        """See `aiohttp.BaseConnector`."""
+        started_s = time.perf_counter()
+        self.waiting += 1
+        try:
+            connection = await super().connect(*args, **options)
+        finally:
+            self.waiting -= 1
+        if connection.protocol not in self.open:
+            self._note(connection.protocol)
+            self._on_opened(time.perf_counter() - started_s)
+        return connection
+
+    def _note(self, protocol: ResponseHandler | None) -> None:
+        """Counts a connection until it is closed."""
+
+        def forget(closed: asyncio.Future[None]) -> None:
+            self.open.discard(protocol)
+            closed.cancelled() or closed.exception()  # unless it is retrieved, the loop complains
+
+        if protocol is not None and protocol.closed is not None:
+            self.open.add(protocol)
+            protocol.closed.add_done_callback(forget)
+
+
+def _proxy(base_url: str) -> str | None:
+    """The environment's proxy for this URL; None where it names none, or says that none is to be used."""
+    parts = urlsplit(base_url)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if not proxy or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    try:
+        named = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        sound = named.scheme in {"http", "https"} and bool(named.hostname) and named.port != 0
+    except ValueError:
+        sound = False
+    if not sound:  # not shown, since it may hold a password
+        raise ConfigurationError(f"the environment's {parts.scheme}_proxy is not the URL of an HTTP proxy")
+    return named.geturl()
 
 
 @functools.cache
@@ -111,6 +213,10 @@ def _translated(error: Exception) -> ProviderError:
     name = type(cause).__name__
     if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
         return Unreachable(f"no connection: {name}")
+    if isinstance(cause, aiohttp.ClientHttpProxyError):
+        return Unreachable(f"the proxy refused: HTTP {cause.status}")
+    if isinstance(cause, aiohttp.SocketTimeoutError):
+        return CallTimeout("the provider fell silent")
     if isinstance(cause, aiohttp.ClientResponseError):
         return MalformedReply(f"an answer that is no HTTP: {name}")
     return Transient(f"the connection broke: {name}")

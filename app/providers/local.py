@@ -1,4 +1,4 @@
-"""Hides how a model on this machine is read from its files and run: ONNX, pooling, batches, threads."""
+"""Hides how a model on this machine is read from its files and run: ONNX, devices, pooling, batches, threads."""
 
 import asyncio
 import hashlib
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -22,8 +22,6 @@ from app.tokens import HuggingFaceCounter, packaged_file
 T = TypeVar("T")
 Matrix: TypeAlias = npt.NDArray[np.float32]
 
-_RUN_TOKENS = 512  # padding included; measured: throughput falls beyond it, and hardly grows up to it
-_RUN_TEXTS = 32
 _DEFAULT_MAX_TOKENS = 512
 _MOST_MAX_TOKENS = 1_000_000
 
@@ -199,6 +197,53 @@ def _read(file: Path, kind: type[T]) -> T:
         raise ConfigurationError(f"{file} cannot be read: {error}.") from error
 
 
+# ── devices ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What can run a model: onnxruntime's name for it, how much it takes at once, and what to do where it is not there.
+
+    A call carries at most `max_items` texts; the network runs `run_items` of like length at once, and no more than
+    `run_tokens` with their padding.
+    """
+
+    provider: str
+    max_items: int
+    run_items: int
+    run_tokens: int
+    remedy: str = ""
+
+
+DEVICES: Final[Mapping[str, Device]] = {
+    "cuda": Device(
+        "CUDAExecutionProvider", 128, 128, 8192,
+        remedy='pip install "embedgate[cuda]" brings onnxruntime-gpu, which has to be installed instead of onnxruntime',
+    ),
+    "coreml": Device("CoreMLExecutionProvider", 32, 32, 4096, remedy="onnxruntime brings it on macOS only"),
+    "cpu": Device("CPUExecutionProvider", 16, 8, 512),  # measured: larger runs are more padding, and no faster
+}  # fmt: skip
+"""From the fastest to the one that is always there."""
+
+
+def _session(
+    model: Path, options: onnxruntime.SessionOptions, device: str
+) -> tuple[onnxruntime.InferenceSession, Device]:
+    """The model on `device`, or where `auto` finds it; never on another device than the named one."""
+    for name, found in DEVICES.items():
+        if device not in (name, "auto") or found.provider not in onnxruntime.get_available_providers():
+            continue
+        if name == "cuda":
+            onnxruntime.preload_dlls()  # pip puts CUDA's libraries where no linker looks
+        try:
+            session = onnxruntime.InferenceSession(str(model), options, providers=[found.provider])
+        except Exception as error:  # the library's own errors share no better base
+            raise ConfigurationError(f"{model} is not an ONNX model that can be run.") from error
+        if found.provider in session.get_providers():  # else it fell back by itself
+            return session, found
+    raise ConfigurationError(f'device = "{device}" cannot be used here: {DEVICES[device].remedy}.')
+
+
 # ── the network ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -207,17 +252,14 @@ class _Network:
 
     _KNOWN_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
-    def __init__(self, model: Path, *, threads: int, optimise: bool) -> None:
+    def __init__(self, model: Path, *, threads: int, optimise: bool = True, device: str = "cpu") -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it costs half a core when idle
         options.enable_cpu_mem_arena = False  # it never shrinks
         if not optimise:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the library's own errors share no better base
-            raise ConfigurationError(f"{model} is not an ONNX model that can be run.") from error
+        self._session, self.device = _session(model, options, device)
         inputs = {entry.name: entry.type for entry in self._session.get_inputs()}
         outputs = [entry.name for entry in self._session.get_outputs() if len(entry.shape) == 3]
         if "input_ids" not in inputs or inputs.keys() - self._KNOWN_INPUTS or set(inputs.values()) != {"tensor(int64)"}:
@@ -245,19 +287,27 @@ class _Network:
 class LocalModel:
     """The Provider that runs a model on this machine, in `workers` threads of its own beside those of the runtime.
 
-    Two, so that one call is tokenised and pooled while the network runs for the other.
-    Making one reads the model's file, a quarter of a second for the default. Vectors do not depend on what else
-    travels in their call.
+    Two, so that one call is tokenised and pooled while the network runs for the other. `device` is a name in `DEVICES`,
+    or `auto` for the first that is there. A call carries at most `max_items` texts, by default the device's: larger
+    calls are hardly faster, and a lone text waits for the call before it. Vectors do not depend on what else travels in
+    their call. Making one reads the model's file, a quarter of a second for the default, and raises ConfigurationError
+    for a device that is not there.
     """
 
-    max_items = 64
-    """Larger calls are not faster, and a lone text waits for the call before it."""
-
-    def __init__(self, facts: LocalModelFacts, *, workers: int = 2, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        facts: LocalModelFacts,
+        *,
+        device: str = "auto",
+        max_items: int | None = None,
+        workers: int = 2,
+        threads: int | None = None,
+    ) -> None:
         self._facts = facts
         self._pool_vector = _POOLINGS[facts.pooling]
         self._counter = HuggingFaceCounter(facts.tokenizer)
-        self._network = _Network(facts.onnx, threads=threads or _cores(), optimise=True)
+        self._network = _Network(facts.onnx, threads=threads or _cores(), device=device)
+        self.max_items = max_items or self._network.device.max_items
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="local-model")
 
     async def embed(self, texts: Sequence[Text], space: Space, *, timeout_s: float) -> Reply:
@@ -290,7 +340,7 @@ class LocalModel:
             raise InputRefused(f"a text of more than {self._facts.max_input_tokens} tokens")
         ids = [text for text, _ in read]
         vectors = np.empty((len(texts), self._facts.dimensions), np.float32)
-        for places in _runs([len(text) for text in ids]):
+        for places in _runs([len(text) for text in ids], self._network.device):
             try:
                 hidden = self._network.run([ids[place] for place in places], self._counter.pad_id, options)
             except Exception as error:  # the library's own errors share no better base
@@ -302,11 +352,11 @@ class LocalModel:
         return Reply(vectors, tokens_billed=sum(map(len, ids)))
 
 
-def _runs(lengths: Sequence[int]) -> Iterator[list[int]]:
+def _runs(lengths: Sequence[int], device: Device) -> Iterator[list[int]]:
     """The places of texts of these token counts, so grouped that hardly any run is padding."""
     run: list[int] = []
     for place in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if run and ((len(run) + 1) * lengths[place] > _RUN_TOKENS or len(run) == _RUN_TEXTS):
+        if run and ((len(run) + 1) * lengths[place] > device.run_tokens or len(run) == device.run_items):
             yield run
             run = []
         run.append(place)

@@ -1,10 +1,12 @@
 """Hides where the configuration comes from: `load` makes frozen `Settings` of a file and the environment, or refuses.
 
-`grammar` has the names, `catalog` what is known of the vendors' models, `checks` what must fit together; `places` and
-`wording` make the messages, `description` shows what was understood.
+`grammar` has the names and `values` what they hold, `catalog` what is known of the vendors' models, `checks` what must
+fit together, `cautions` what may still go wrong; `places` and `wording` make the messages; `description`, `verdicts`
+and `tables` show what was understood and found.
 """
 
-from app.settings.catalog import CATALOG
+from app.settings.catalog import CATALOG, catalog_rows
+from app.settings.cautions import cautions, retirements
 from app.settings.description import describe
 from app.settings.grammar import (
     DeploymentSettings,
@@ -17,6 +19,8 @@ from app.settings.grammar import (
     TenantSettings,
 )
 from app.settings.reading import find, load
+from app.settings.tables import Row, json_lines, table
+from app.settings.verdicts import verdict
 
 __all__ = [
     "CATALOG",
@@ -25,10 +29,17 @@ __all__ = [
     "ModelFacts",
     "ModelSettings",
     "RemoteDeployment",
+    "Row",
     "ServerSettings",
     "Settings",
     "TenantSettings",
+    "catalog_rows",
+    "cautions",
     "describe",
     "find",
+    "json_lines",
     "load",
+    "retirements",
+    "table",
+    "verdict",
 ]

@@ -1,16 +1,29 @@
 """Hides what makes settings contradict each other, although each value is fine by itself."""
 
-from collections.abc import Iterator
-from typing import TypeAlias
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final, TypeAlias
 from urllib.parse import urlsplit
 
+from app.providers.cards import ModelCard
 from app.settings.catalog import CATALOG
-from app.settings.grammar import DeploymentSettings, LocalDeployment, ModelSettings, RemoteDeployment, Settings
+from app.settings.grammar import (
+    VOCABULARIES,
+    DeploymentSettings,
+    LocalDeployment,
+    ModelFacts,
+    ModelSettings,
+    RemoteDeployment,
+    Settings,
+)
 from app.settings.places import KeyPath
 from app.settings.wording import guess
 
 Problems: TypeAlias = Iterator[tuple[KeyPath, str]]
 """Where to mend, and why."""
+
+_TOKENIZER: Final = "set tokenizer to the path of its tokenizer.json"
 
 
 def contradictions(settings: Settings) -> Problems:
@@ -26,6 +39,7 @@ def contradictions(settings: Settings) -> Problems:
         if not unknown:
             yield from _one_space(settings, name, model)
             yield from _model(settings, name, model)
+        yield from _outage(settings, name, model)
     for name, tenant in settings.tenants.items():
         for listed in tenant.models:
             if listed != "*" and listed not in settings.models:
@@ -46,28 +60,46 @@ def _keys(settings: Settings) -> Problems:
 
 
 def _deployment(path: KeyPath, deployment: RemoteDeployment | LocalDeployment) -> Problems:
-    if deployment.backoff_cap_s < deployment.backoff_base_s:
-        yield (*path, "backoff_cap_s"), f"must be at least backoff_base_s, which is {deployment.backoff_base_s:g}"
-    if deployment.breaker_open_cap_s < deployment.breaker_open_s:
-        yield (*path, "breaker_open_cap_s"), f"must be at least breaker_open_s, which is {deployment.breaker_open_s:g}"
+    for cap, base in (("backoff", "backoff_base"), ("cooldown", "cooldown"), ("breaker_open", "breaker_open")):
+        least = getattr(deployment, f"{base}_s")
+        if getattr(deployment, f"{cap}_cap_s") < least:
+            yield (*path, f"{cap}_cap_s"), f"must be at least {base}_s, which is {least:g}"
+    limits = deployment.limits()
+    if limits.min_batch_tokens > limits.max_batch_tokens:
+        text = f"must be at most max_batch_tokens, which is {limits.max_batch_tokens}"
+        yield (*path, "min_batch_tokens"), text
+    yield from _tier(path, deployment)
     if isinstance(deployment, RemoteDeployment):
         yield from _remote(path, deployment)
-    if isinstance(deployment, LocalDeployment) and deployment.pooling and not deployment.path:
+    elif deployment.pooling and not deployment.path:
         yield (*path, "pooling"), "needs a path, since the pooling of the built-in model is known"
 
 
+def _tier(path: KeyPath, deployment: RemoteDeployment | LocalDeployment) -> Problems:
+    terms = deployment.terms if isinstance(deployment, RemoteDeployment) else None
+    tiers = terms.tiers if terms is not None else {}
+    if not deployment.tier or deployment.tier in tiers:
+        return
+    text = f"none is known for '{deployment.model}': state requests_per_minute and tokens_per_minute instead"
+    if tiers:
+        text = f"unknown tier '{deployment.tier}'" + (
+            guess(deployment.tier, tiers) or f"; it may be {', '.join(tiers)}"
+        )
+    yield (*path, "tier"), text
+
+
 def _remote(path: KeyPath, deployment: RemoteDeployment) -> Problems:
-    if not deployment.base_url:
-        yield (*path, "base_url"), f"is required by the dialect '{deployment.dialect}'"
-    if deployment.is_vendors and deployment.wire.needs_key and not deployment.api_key:
-        example = f"env:{deployment.dialect.upper()}_API_KEY"
-        yield (*path, "api_key"), f'is required by {urlsplit(deployment.base_url).hostname}, for example "{example}"'
+    wire = deployment.wire
     for key, dialect in (("server", "openai"), ("api_version", "azure"), ("auth", "azure")):
         if getattr(deployment, key) and deployment.dialect != dialect:
             yield (*path, key), f"belongs to deployments of the dialect '{dialect}'"
-    if deployment.tier and deployment.tier not in (tiers := deployment.card.tiers if deployment.card else {}):
-        known = f"it may be {', '.join(tiers)}" if tiers else "none are published for this model: state the limits"
-        yield (*path, "tier"), f"unknown tier '{deployment.tier}'; {known}"
+    if not deployment.base_url:
+        asks = f"server '{deployment.server}'" if deployment.server else f"dialect '{deployment.dialect}'"
+        yield (*path, "base_url"), f"is required by the {asks}"
+    at_vendors = deployment.is_vendors or not wire.base_url
+    if at_vendors and wire.needs_key and not deployment.api_key:
+        who = urlsplit(deployment.base_url).hostname or f"the dialect '{deployment.dialect}'"
+        yield (*path, "api_key"), f'is required by {who}, for example "env:{deployment.dialect.upper()}_API_KEY"'
 
 
 def _one_space(settings: Settings, name: str, model: ModelSettings) -> Problems:
@@ -75,7 +107,9 @@ def _one_space(settings: Settings, name: str, model: ModelSettings) -> Problems:
     first, *others = ((listed, settings.deployments[listed]) for listed in model.deployments)
     for other in others:
         pair = " and ".join(f"'{listed}' ({one.dialect}, {one.model})" for listed, one in (first, other))
-        if not _alike(first[1], other[1]) and not (model.same_space and first[1].dialect != "local"):
+        if "local" in {first[1].dialect, other[1].dialect} and first[1].dialect != other[1].dialect:
+            text = f"{pair} do not make comparable vectors, since one runs on this machine; give each its own model"
+        elif not model.same_space and not _alike(first[1], other[1]):
             text = f"{pair} serve different models, whose vectors cannot be compared; give each its own model, or set "
             text += "same_space = true if you know that both names mean the same one"
         else:
@@ -92,26 +126,82 @@ def _alike(one: DeploymentSettings, other: DeploymentSettings) -> bool:
 
 
 def _model(settings: Settings, name: str, model: ModelSettings) -> Problems:
-    path = ("models", name)
-    served = settings.deployments[model.deployments[0]]
-    if isinstance(served, LocalDeployment):
-        if any(name == known for _, known in CATALOG):
-            yield path, "is the name of a vendor's model, which a local deployment must not answer for; choose another"
-        for key in ("dimensions", "max_input_tokens", "tokenizer"):
-            if getattr(model, key) is not None:
-                yield (*path, key), "must be left off: the files of the local model say it"
-        return
-    card = served.card
-    if card is None:
-        if model.dimensions is None:
-            yield path, f"dimensions is required, since '{served.model}' is not in the catalog"
-        return
-    asked = model.dimensions or card.dimensions
-    if not card.offers(asked):
+    path, facts = ("models", name), settings.facts(name)
+    served = [settings.deployments[listed] for listed in model.deployments]
+    remote = [each for each in served if isinstance(each, RemoteDeployment)]
+    if len(remote) == len(served):
+        yield from _remote_model(path, model, facts, remote)
+    elif not remote:
+        yield from _local_model(path, model)
+    if model.long_input == "mean":
+        if not facts.counts_exactly:
+            yield (*path, "long_input"), f"'mean' cuts windows in the model's own vocabulary: {_TOKENIZER}"
+        if facts.max_input_tokens is not None and 2 * model.overlap_tokens >= facts.max_input_tokens:
+            text = f"must be less than half of max_input_tokens, which is {facts.max_input_tokens}"
+            yield (*path, "overlap_tokens"), text
+
+
+def _local_model(path: KeyPath, model: ModelSettings) -> Problems:
+    if any(path[1] == known for _, known in CATALOG):
+        yield path, "is the name of a vendor's model, which a local deployment must not answer for; choose another"
+    for key in ("dimensions", "max_input_tokens", "tokenizer", "query_prompt", "document_prompt", "input_type"):
+        if getattr(model, key) is not None:
+            yield (*path, key), "must be left off: the files of the local model say it"
+
+
+def _remote_model(
+    path: KeyPath, model: ModelSettings, facts: ModelFacts, served: Sequence[RemoteDeployment]
+) -> Problems:
+    if facts.dimensions is None:
+        yield path, f"dimensions is required, since '{facts.upstream}' is not in the catalog"
+    for upstream, card in {each.model: each.card for each in served if each.card is not None}.items():
+        yield from _beyond(path, model, facts, upstream, card)
+    if model.tokenizer is not None and not _is_tokenizer(model.tokenizer):
+        known = 'it may be "cl100k_base", "estimate" or the path of a tokenizer.json'
+        shown = "".join(c for c in model.tokenizer[:80] if c.isprintable())
+        text = f"there is no file '{shown}' that can be read" + (guess(shown, VOCABULARIES) or f"; {known}")
+        yield (*path, "tokenizer"), text
+    cut = facts.counts_exactly or all(each.wire.cuts for each in served)
+    if model.long_input == "truncate" and not cut:
+        yield (*path, "long_input"), f"'{facts.upstream}' is not cut by its vendor, and here only exactly: {_TOKENIZER}"
+    if model.input_type is not None and model.input_type not in dict(facts.prompts):
+        text = f"'{facts.upstream}' tells no input types apart; set {model.input_type}_prompt to what stands in front"
+        yield (*path, "input_type"), text
+
+
+def _beyond(path: KeyPath, model: ModelSettings, facts: ModelFacts, upstream: str, card: ModelCard) -> Problems:
+    """What is asked of a known model that it does not have."""
+    if facts.dimensions is not None and not card.offers(facts.dimensions):
         limit = "exactly" if not card.sizes else "at most" if isinstance(card.sizes, range) else "one of"
-        offered = max(card.sizes) if isinstance(card.sizes, range) and card.sizes else card.sizes or card.dimensions
-        yield (*path, "dimensions"), f"'{served.model}' has {limit} {offered}, not {asked}"
+        sizes = max(card.sizes) if isinstance(card.sizes, range) and card.sizes else card.sizes or card.dimensions
+        offered = ", ".join(map(str, sizes)) if isinstance(sizes, Sequence) else sizes
+        yield (*path, "dimensions"), f"'{upstream}' has {limit} {offered}, not {facts.dimensions}"
     if model.cuts_dimensions and not card.matryoshka:
-        yield (*path, "cuts_dimensions"), f"vectors of '{served.model}' cannot be cut"
-    if (model.max_input_tokens or 0) > card.max_input_tokens:
-        yield (*path, "max_input_tokens"), f"'{served.model}' takes at most {card.max_input_tokens}"
+        yield (*path, "cuts_dimensions"), f"vectors of '{upstream}' cannot be cut"
+    if (facts.max_input_tokens or 0) > card.max_input_tokens:
+        yield (*path, "max_input_tokens"), f"'{upstream}' takes at most {card.max_input_tokens}"
+    for kind, known in card.prompts:
+        if dict(facts.prompts)[kind] != known:
+            yield (*path, f"{kind}_prompt"), f"must be left off: '{upstream}' has words of its own for it"
+
+
+def _is_tokenizer(name: str) -> bool:
+    if name in VOCABULARIES:
+        return True
+    try:
+        file = Path(name).expanduser()
+        return file.is_file() and os.access(file, os.R_OK)
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def _outage(settings: Settings, name: str, model: ModelSettings) -> Problems:
+    path, other = ("models", name, "on_outage"), settings.models.get(model.on_outage)
+    if not model.on_outage:
+        return
+    if other is None:
+        yield path, f"there is no model '{model.on_outage}'{guess(model.on_outage, settings.models)}"
+    elif other is model:
+        yield path, "names the model itself; another one has to stand in"
+    elif other.on_outage:
+        yield path, f"'{model.on_outage}' has an on_outage of its own, and only one step is ever taken"

@@ -1,4 +1,4 @@
-"""Hides how settings are shown to their operator: in their own grammar, with every key masked."""
+"""Hides how settings are shown to their operator: in their own grammar, as they are in force, every key masked."""
 
 import json
 from collections.abc import Iterator
@@ -6,27 +6,64 @@ from typing import Any
 
 from pydantic import BaseModel, SecretStr
 
-from app.settings.grammar import Settings
+from app.providers.cards import KNOWN_ON, ModelCard
+from app.settings.catalog import usd_per_million
+from app.settings.grammar import DeploymentSettings, ModelSettings, RemoteDeployment, Settings
 from app.settings.places import dotted
 
 # Shown as they are served, whether the file, the catalog or nobody yet says them.
 _FACTS = ("dimensions", "max_input_tokens", "tokenizer", "cuts_dimensions")
+_LIMITS = (
+    "requests_per_minute", "tokens_per_minute", "judged_spans_s", "max_in_flight", "max_batch_items",
+    "max_batch_tokens", "min_batch_tokens",
+)  # fmt: skip
 
 
 def describe(settings: Settings) -> str:
-    """What was understood, defaults included, as the `embedgate.toml` that says the same; keys are `***`."""
-    blocks = [_table(section, getattr(settings, section)) for section in ("server", "queue", "cache")]
-    blocks += [_table(dotted(("deployments", name)), entry) for name, entry in settings.deployments.items()]
-    for name, model in settings.models.items():
-        facts = settings.facts(name)
-        known = {field: getattr(facts, field) for field in _FACTS}
-        blocks.append(_table(dotted(("models", name)), model.model_copy(update=known)))
-    blocks += [_table(dotted(("tenants", name)), entry) for name, entry in settings.tenants.items()]
-    return "\n\n".join(blocks)
+    """What is in force, defaults and catalog included, as the `embedgate.toml` that says the same; keys are `***`."""
+    blocks = [_table((section,), getattr(settings, section)) for section in ("server", "queue", "cache", "stores")]
+    blocks += [_deployment(name, entry) for name, entry in settings.deployments.items()]
+    blocks += [_model(settings, name, entry) for name, entry in settings.models.items()]
+    blocks += [_table(("tenants", name), entry) for name, entry in settings.tenants.items()]
+    return "\n\n".join("\n".join(block) for block in blocks)
 
 
-def _table(name: str, section: BaseModel) -> str:
-    return "\n".join([f"[{name}]", *_lines(section)])
+def _deployment(name: str, deployment: DeploymentSettings) -> list[str]:
+    limits = deployment.limits()
+    known: dict[str, object] = {field: getattr(limits, field) for field in _LIMITS} | {"headroom": 1.0}
+    comments = []
+    if deployment.headroom < 1:
+        comments.append(f"# headroom: {deployment.headroom:g}, which is taken off the quotas below")
+    if isinstance(deployment, RemoteDeployment):
+        known["takes_token_ids"] = deployment.understands_token_ids
+        comments += [f"# {line}" for line in _terms(deployment.terms)]
+    return _table(("deployments", name), deployment.model_copy(update=known), *comments)
+
+
+def _terms(terms: ModelCard | None) -> Iterator[str]:
+    if terms is None:
+        return
+    if terms.price is not None:
+        batch = "" if terms.batch_price is None else f", {usd_per_million(terms.batch_price):g} in the vendor's batches"
+        yield f"price: {usd_per_million(terms.price):g} USD per million tokens{batch}, as known on {KNOWN_ON}"
+    if terms.shutdown is not None:
+        yield f"shut down by the vendor on {terms.shutdown}"
+
+
+def _model(settings: Settings, name: str, model: ModelSettings) -> list[str]:
+    facts = settings.facts(name)
+    known: dict[str, object] = {field: getattr(facts, field) for field in _FACTS}
+    known["input_type"] = facts.default_input_type
+    known |= {f"{kind}_prompt": text for kind, text in facts.prompts}
+    comments = []
+    if model.dimensions is None and facts.dimensions and max(facts.sizes, default=0) > facts.dimensions:
+        known["dimensions"] = None  # stating them would keep callers from the wider vectors
+        comments.append(f"# vectors are {facts.dimensions} wide; callers may ask for up to {max(facts.sizes)}")
+    return _table(("models", name), model.model_copy(update=known), *comments)
+
+
+def _table(path: tuple[str, ...], section: BaseModel, *comments: str) -> list[str]:
+    return [f"[{dotted(path)}]", *comments, *_lines(section)]
 
 
 def _lines(section: BaseModel) -> Iterator[str]:

@@ -6,100 +6,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    SecretStr,
-    Tag,
-    ValidationInfo,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from pydantic.fields import FieldInfo
 
 from app.domain import Attempts, BreakerPolicy, InputType, Limits, Priority, Tenant, Truncation
 from app.providers import DIALECTS, SERVERS
 from app.providers.cards import ModelCard, Quota
 from app.providers.dialect import Dialect
+from app.settings.values import (
+    ApiVersion,
+    BaseUrl,
+    Host,
+    Jitter,
+    Name,
+    Names,
+    OptionalName,
+    OptionalSecret,
+    PerMinute,
+    Seconds,
+    Secrets,
+    Spans,
+    Spill,
+)
 
 BUILT_IN_MODEL = "all-MiniLM-L6-v2"
 """What a `local` deployment serves that names no directory."""
 
+VOCABULARIES: Final = ("cl100k_base", "estimate")
+"""What a model may name as its `tokenizer` that is no file."""
+
 _LIMITS, _ATTEMPTS, _BREAKER = Limits(), Attempts(), BreakerPolicy()
-
-# ── values ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _secret(value: object, info: ValidationInfo) -> object:
-    """What `env:NAME` and `file:/path` stand for; the errors name the place and never show a value."""
-    if not isinstance(value, str):
-        return value
-    secret = _referred(value, (info.context or {}).get("environ", {}))
-    if not secret or " " in secret or not (secret.isascii() and secret.isprintable()):
-        raise ValueError("the key is empty or has characters that an HTTP header cannot carry")
-    return secret
-
-
-def _referred(reference: str, environ: Mapping[str, str]) -> str:
-    scheme, colon, place = reference.partition(":")
-    if colon and scheme == "env":
-        if place not in environ:
-            raise ValueError(f"the environment variable {place} is not set")
-        return environ[place]
-    if colon and scheme == "file":
-        try:
-            return Path(place).expanduser().read_text("utf-8").strip()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"the file {place} cannot be read") from error
-    return reference
-
-
-def _base_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        sound = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        sound = False
-    if not sound or not (url.isascii() and url.isprintable()) or " " in url:
-        raise ValueError("must be a URL such as https://api.openai.com/v1")
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        raise ValueError("must hold no credentials, query or fragment; a key belongs into api_key")
-    if parts.path.rstrip("/").endswith("/embeddings"):
-        raise ValueError("must end before /embeddings, which is added to it")
-    return url.rstrip("/")
-
-
-def _host(host: str) -> str:
-    if not host or not (host.isascii() and host.isprintable()) or set(host) & set(" /[]@"):
-        raise ValueError("must be an address or a host name, without scheme and port")
-    return host
-
-
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(set(values)) < len(values):
-        raise ValueError("names something twice")
-    return values
-
-
-_Listed = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-_OneOrMore = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
-
-Secret: TypeAlias = Annotated[SecretStr, BeforeValidator(_secret)]
-OptionalSecret: TypeAlias = Annotated[Secret | None, BeforeValidator(lambda value: None if value == "" else value)]
-Names: TypeAlias = Annotated[tuple[str, ...], _Listed, Field(min_length=1), AfterValidator(_distinct)]
-Secrets: TypeAlias = Annotated[tuple[Secret, ...], _Listed, _OneOrMore, Field(min_length=1)]
-Spans: TypeAlias = Annotated[
-    tuple[Annotated[float, Field(gt=0, le=3600)], ...], _Listed, Field(min_length=1, max_length=8)
-]
-Seconds: TypeAlias = Annotated[float, Field(gt=0, le=3600)]
-PerMinute: TypeAlias = Annotated[int, Field(ge=0, le=10**12)]
-Name: TypeAlias = Annotated[str, Field(pattern=r"^[!-~]{1,128}$")]
-"""Names travel in headers and labels."""
 
 if TYPE_CHECKING:
     DialectName: TypeAlias = str
@@ -107,9 +46,6 @@ if TYPE_CHECKING:
 else:
     DialectName = Literal[(*DIALECTS, "local")]
     ServerName = Literal[("", *SERVERS)]
-
-Jitter: TypeAlias = Literal["full"] | Annotated[float, Field(ge=0, le=1)]
-Spill: TypeAlias = Literal["wait", "now"] | Annotated[float, Field(ge=0, le=3_600_000)]
 
 
 class _Section(BaseModel):
@@ -122,7 +58,7 @@ class _Section(BaseModel):
 class ServerSettings(_Section):
     """`[server]`; port 0 lets the system choose, log_file "" is the standard error stream."""
 
-    host: Annotated[str, AfterValidator(_host)] = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
     deadline_s: Seconds = 30.0
     log_sample: float = Field(default=1.0, ge=0, le=1)
@@ -161,15 +97,15 @@ class StoresSettings(_Section):
 class _Deployment(_Section):
     requests_per_minute: PerMinute | None = None
     tokens_per_minute: PerMinute | None = None
-    tier: Name | Literal[""] = ""
+    tier: OptionalName = ""
     headroom: float = Field(default=1.0, gt=0, le=1)
     judged_spans_s: Spans | None = None
     max_in_flight: int | None = Field(default=None, ge=1, le=1024)
     max_batch_items: int | None = Field(default=None, ge=1, le=2048)
     max_batch_tokens: int | None = Field(default=None, ge=1, le=10_000_000)
     max_batch_bytes: int = Field(default=_LIMITS.max_batch_bytes, ge=1024, le=100_000_000)
-    min_batch_tokens: int = Field(default=_LIMITS.min_batch_tokens, ge=1, le=10_000_000)
-    target_latency_ms: float = Field(default=0, ge=0, le=600_000)
+    min_batch_tokens: int | None = Field(default=None, ge=1, le=10_000_000)
+    target_latency_ms: float = Field(default=0.0, ge=0, le=600_000)
     window_ms: float = Field(default=_LIMITS.window_s * 1000, ge=0, le=1000)
     timeout_s: Seconds = 30.0
     attempts: int = Field(default=_ATTEMPTS.most, ge=1, le=10)
@@ -191,17 +127,18 @@ class _Deployment(_Section):
         """What the deployment takes: what the file says, else the account's tier, else what is `usual` there."""
         requests = quota.requests_per_minute if self.requests_per_minute is None else self.requests_per_minute
         tokens = quota.tokens_per_minute if self.tokens_per_minute is None else self.tokens_per_minute
+        most_tokens = self.max_batch_tokens or usual.max_batch_tokens
         return replace(
             usual,
             requests_per_minute=_lowered(requests, self.headroom),
             tokens_per_minute=_lowered(tokens, self.headroom),
             max_in_flight=self.max_in_flight or min(usual.max_in_flight, quota.max_in_flight or usual.max_in_flight),
             max_batch_items=self.max_batch_items or usual.max_batch_items,
-            max_batch_tokens=self.max_batch_tokens or usual.max_batch_tokens,
+            max_batch_tokens=most_tokens,
             max_batch_bytes=self.max_batch_bytes,
             window_s=self.window_ms / 1000,
             judged_spans_s=self.judged_spans_s or usual.judged_spans_s,
-            min_batch_tokens=self.min_batch_tokens,
+            min_batch_tokens=self.min_batch_tokens or min(usual.min_batch_tokens, most_tokens),
             target_latency_s=self.target_latency_ms / 1000,
         )
 
@@ -226,18 +163,25 @@ def _lowered(per_minute: int, headroom: float) -> int:
     return max(1, int(per_minute * headroom)) if per_minute else 0
 
 
+def _wire(dialect: str, server: str) -> type[Dialect]:
+    return SERVERS[server] if server else DIALECTS[dialect]
+
+
+def _usual_base_url(known: Mapping[str, str]) -> str:
+    """Where a deployment calls that does not say it: at the vendor's, if that is one place."""
+    return _wire(known["dialect"], known["server"]).base_url if {"dialect", "server"} <= known.keys() else ""
+
+
 class RemoteDeployment(_Deployment):
     """`[deployments.X]` of every dialect but `local`: what is not set here, the vendor's file knows."""
 
     dialect: DialectName
-    base_url: Annotated[str, AfterValidator(_base_url)] = Field(
-        default_factory=lambda known: DIALECTS[known["dialect"]].base_url if "dialect" in known else ""
-    )
+    server: ServerName = ""
+    base_url: BaseUrl = Field(default_factory=_usual_base_url)
     api_key: OptionalSecret = None
     model: Name
-    served_as: Name | Literal[""] = ""
-    server: ServerName = ""
-    api_version: Annotated[str, Field(pattern=r"^[0-9A-Za-z.-]{0,64}$")] = ""
+    served_as: OptionalName = ""
+    api_version: ApiVersion = ""
     auth: Literal["", "api-key", "bearer"] = ""
     takes_token_ids: bool | None = None
     proxy_from_environment: bool = False
@@ -247,12 +191,17 @@ class RemoteDeployment(_Deployment):
     @property
     def wire(self) -> type[Dialect]:
         """What is spoken there."""
-        return SERVERS[self.server] if self.server else DIALECTS[self.dialect]
+        return _wire(self.dialect, self.server)
 
     @property
     def card(self) -> ModelCard | None:
         """What the vendor publishes about the model; None: nothing that is known."""
         return self.wire.models.get(self.model)
+
+    @property
+    def terms(self) -> ModelCard | None:
+        """What is published about the model as it is bought there: price, tiers, shutdown."""
+        return self.wire.terms(self.model)
 
     @property
     def is_vendors(self) -> bool:
@@ -269,7 +218,7 @@ class RemoteDeployment(_Deployment):
     @property
     def quota(self) -> Quota:
         """What the account's tier allows; nothing when no tier is named."""
-        return self.card.tiers.get(self.tier, Quota()) if self.card is not None else Quota()
+        return self.terms.tiers.get(self.tier, Quota()) if self.terms is not None else Quota()
 
     def limits(self) -> Limits:
         """What the deployment takes."""
@@ -287,12 +236,13 @@ class LocalDeployment(_Deployment):
     """`[deployments.X]` of dialect `local`: a model's directory on this machine, or the built-in model."""
 
     dialect: Literal["local"]
+    device: Literal["auto", "cpu", "cuda", "coreml"] = "auto"
     path: str = ""
     pooling: Literal["", "mean", "cls", "max", "last", "mean_sqrt_len"] = ""
     breaker_stall_least_s: Seconds = 30.0  # long texts after short ones are slow, not dead
 
     def limits(self) -> Limits:
-        """What the deployment takes: one call runs, one is ready to, and a lone text waits for the call before it."""
+        """What the deployment takes: one call runs, one is ready to; its device says how many texts go into a call."""
         return self._limits(usual=Limits(max_in_flight=2, max_batch_tokens=8192), quota=Quota())
 
     @property
@@ -328,8 +278,8 @@ class ModelSettings(_Section):
     same_space: bool = False
     order: Literal["listed", "spread"] = "listed"
     spill: Spill = "wait"
-    on_outage: Name | Literal[""] = ""
-    canary_interval_s: float = Field(default=3600, ge=0, le=31_536_000)
+    on_outage: OptionalName = ""
+    canary_interval_s: float = Field(default=3600.0, ge=0, le=31_536_000)
     canary_cosine: float = Field(default=0.999, gt=0, le=1)
 
     @property
@@ -375,6 +325,20 @@ class ModelFacts:
     created: int = 0
     owned_by: str = "embedgate"
 
+    @property
+    def counts_exactly(self) -> bool:
+        """Whether a text's tokens are counted in the model's own vocabulary; a local model always brings it."""
+        return self.tokenizer != "estimate"
+
+
+def _sizes(card: ModelCard, most: int | None) -> Sequence[int]:
+    """The widths that callers may ask for: the vendor's, but none above what the operator says."""
+    if most is None:
+        return card.sizes
+    if isinstance(card.sizes, range):
+        return range(card.sizes.start, min(card.sizes.stop, most + 1))
+    return tuple(size for size in card.sizes if size <= most)
+
 
 class Settings(_Section):
     """All of the configuration, validated; `load` makes it."""
@@ -402,7 +366,7 @@ class Settings(_Section):
             tokenizer=model.tokenizer or (card.tokenizer if card else "estimate" if remote else None),
             cuts_dimensions=bool(card and card.matryoshka) if model.cuts_dimensions is None else model.cuts_dimensions,
             unit_norm=card is not None,
-            sizes=card.sizes if card else (),
+            sizes=_sizes(card, model.dimensions) if card else (),
             prompts=tuple(prompts.items()),
             default_input_type=model.input_type or (card.default_input_type if card else None),
             created=card.created if card else 0,
@@ -427,37 +391,3 @@ FIELDS: Final[Mapping[str, Mapping[str, FieldInfo]]] = MappingProxyType(
 
 NAMED: Final = ("deployments", "models", "tenants")
 """Sections of tables whose names the operator chooses."""
-
-# ── what later versions will take ───────────────────────────────────────────────────────────────────────────────────
-
-LATER: Final[Mapping[str, Mapping[str, tuple[object, ...]]]] = MappingProxyType(
-    {
-        "server": {"workers": (1,), "secret": ("", "env:EMBEDGATE_SECRET"), "admin_port": (0,)},
-        "stores": {
-            "redis_url": ("",),
-            "database_url": ("",),
-            "cache_redis_url": ("",),
-            "max_replicas": (4,),
-        },
-        "cache": {
-            "redis_ttl_s": (604800,),
-            "sql_max_bytes": (0,),
-            "sql_max_age_days": (0,),
-            "float16": (False,),
-            "compression": ("none",),
-        },
-        "deployments": {"device": ("", "cpu")},
-        "tenants": {
-            "budget_usd_per_month": (0,),
-            "budget_usd_per_day": (0,),
-            "requests_per_minute": (0,),
-            "tokens_per_minute": (0,),
-            "max_in_flight": (0,),
-            "webhook_url": ("",),
-            "cache_group": ("",),
-        },
-    }
-)
-"""Names of the grammar that this version takes only with a value that changes nothing."""
-
-LATER_SECTIONS: Final = frozenset({"bulk", "tracing", "embed", "index"})

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from app.errors import ConfigurationError
 from app.settings.checks import contradictions
-from app.settings.grammar import BUILT_IN_MODEL, FIELDS, LATER, NAMED, Settings
+from app.settings.grammar import BUILT_IN_MODEL, FIELDS, NAMED, Settings
+from app.settings.later import LATER
 from app.settings.places import KeyPath, Places, key_lines
 from app.settings.wording import NOT_YET, guess, in_words
 
@@ -86,8 +87,6 @@ def _not_yet(tables: _Tables) -> Iterator[_Problem]:
             for name in [name for name in table if name in later]:
                 if table.pop(name) not in later[name]:
                     yield (*path, name), NOT_YET
-    if not tables.get("stores", True):
-        del tables["stores"]
 
 
 def _entries(tables: _Tables, section: str) -> list[tuple[KeyPath, _Tables]]:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from pydantic_core import ErrorDetails
 
-from app.settings.grammar import FIELDS, LATER, LATER_SECTIONS
+from app.settings.grammar import FIELDS
+from app.settings.later import LATER, LATER_SECTIONS
 from app.settings.places import KeyPath
 
 NOT_YET = "is not supported by this version yet"
@@ -21,6 +22,7 @@ _TYPES = {
     "model_attributes_type": "must be a table",
     "model_type": "must be a table",
     "string_pattern_mismatch": "must be 1 to 128 printable ASCII characters without spaces",
+    "string_too_short": "must not be empty",
     "string_type": "must be a text in quotes",
     "too_long": "has too many elements",
     "too_short": "must not be empty",
@@ -47,10 +49,6 @@ def in_words(error: ErrorDetails) -> tuple[KeyPath, str] | None:
         return None
     if kind == "extra_forbidden":
         return path, _unknown_key(path)
-    if kind == "union_tag_not_found":
-        return (*path, "dialect"), _TYPES["missing"]
-    if kind == "union_tag_invalid":
-        return (*path, "dialect"), _unknown_value("dialect", context["tag"], context["expected_tags"])
     if kind == "literal_error":
         return path, _unknown_value(path[-1], error["input"], context["expected"])
     if kind == "value_error":
@@ -63,9 +61,9 @@ def in_words(error: ErrorDetails) -> tuple[KeyPath, str] | None:
 
 
 def _path(error: ErrorDetails) -> KeyPath:
-    """Without what pydantic puts in between: the dialect of a deployment, positions in lists, `[key]`."""
+    """Without what pydantic puts in between: the kind of a deployment, positions in lists, `[key]`."""
     path = tuple(part for part in error["loc"] if isinstance(part, str) and part != "[key]")
-    return path[:2] + path[3:] if path[:1] == ("deployments",) and len(path) > 3 else path
+    return path[:2] + path[3:] if path[:1] == ("deployments",) else path
 
 
 def _unknown_key(path: KeyPath) -> str:

@@ -103,25 +103,33 @@ def expected(texts: Sequence[str], model: str = SMALL, dimensions: int = 1536) -
 
 
 @asynccontextmanager
-async def running(folder: Path, *, server: str = "", queue: str = "", tenants: str = TENANTS) -> AsyncIterator[Edge]:
-    """A service with lines of `server` and `queue` in its configuration."""
-    log = folder / "log.jsonl"
-    async with OpenAIEmulator() as upstream, asyncio.TaskGroup() as group:
-        text = CONFIGURATION.format(log=log, server=server, queue=queue, upstream=upstream.base_url) + tenants
-        (folder / "embedgate.toml").write_text(text)
-        settings = load(folder / "embedgate.toml", {})
-        ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+async def serving(folder: Path, text: str) -> AsyncIterator[tuple[str, EdgeServer, Runtime, httpx.AsyncClient]]:
+    """A service with the configuration `text`: its URL without path, and what it is made of."""
+    (folder / "embedgate.toml").write_text(text)
+    settings = load(folder / "embedgate.toml", {})
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    async with asyncio.TaskGroup() as group:
         with listening("127.0.0.1", 0) as listener:
             async with Runtime(settings) as runtime:
-                edge = EdgeServer(runtime, ready.set_result)
-                serving = group.create_task(edge.serve([listener]))
+                server = EdgeServer(runtime, ready.set_result)
+                task = group.create_task(server.serve([listener]))
                 url = (await ready).removesuffix("/v1")
                 try:
                     async with httpx.AsyncClient(base_url=url, timeout=10) as http:
-                        yield Edge(url, log, runtime, edge, upstream, http)
+                        yield url, server, runtime, http
                 finally:
-                    edge.drain()
-                    await serving
+                    server.drain()
+                    await task
+
+
+@asynccontextmanager
+async def running(folder: Path, *, server: str = "", queue: str = "", tenants: str = TENANTS) -> AsyncIterator[Edge]:
+    """A service with lines of `server` and `queue` in its configuration."""
+    log = folder / "log.jsonl"
+    async with OpenAIEmulator() as upstream:
+        text = CONFIGURATION.format(log=log, server=server, queue=queue, upstream=upstream.base_url) + tenants
+        async with serving(folder, text) as (url, edge, runtime, http):
+            yield Edge(url, log, runtime, edge, upstream, http)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

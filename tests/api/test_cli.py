@@ -1,5 +1,6 @@
 """The command line as an operator meets it: in a process of its own, by exit code and output."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,6 +16,10 @@ from pathlib import Path
 import pytest
 
 from app import __version__
+from app.providers.cards import KNOWN_ON
+from app.settings import CATALOG
+from tests.emulators.judge import Judge
+from tests.emulators.openai import OpenAIEmulator
 
 COMMAND = (sys.executable, "-m", "app")
 ROOT = Path(__file__).parents[2]
@@ -27,7 +32,7 @@ def embedgate(*arguments: str, folder: Path, **environ: str) -> subprocess.Compl
     return subprocess.run(
         [*COMMAND, *arguments],
         cwd=folder,
-        env=ENVIRON | environ,
+        env=ENVIRON | {"EMBEDGATE_STORES__DATA_DIR": str(folder / "data")} | environ,
         capture_output=True,
         text=True,
         timeout=60,
@@ -43,6 +48,8 @@ def test_help_teaches_with_examples(tmp_path: Path) -> None:
     for said in ("serve", "check", "models", "curl http://127.0.0.1:8080/v1/embeddings", "EMBEDGATE_SERVER__PORT"):
         assert said in shown.stdout
     assert embedgate("serve", "--help", folder=tmp_path).returncode == 0
+    assert "embedgate check --live --json | jq" in embedgate("check", "--help", folder=tmp_path).stdout
+    assert "embedgate models --json | jq" in embedgate("models", "--help", folder=tmp_path).stdout
 
 
 def test_version_is_one_line(tmp_path: Path) -> None:
@@ -85,25 +92,100 @@ def test_check_opens_what_serve_would_open(tmp_path: Path) -> None:
 
 
 def test_models_are_listed_for_people_and_for_programs(tmp_path: Path) -> None:
-    """Name, dimensions, longest input, deployments in order: as a table or as one JSON object per line."""
+    """What is served, deployments in order, then the dated catalog: as tables or as one JSON object per line."""
     (tmp_path / "embedgate.toml").write_text(
         '[deployments.local]\ndialect = "local"\n[deployments.a]\ndialect = "openai"\napi_key = "k"\n'
         'model = "text-embedding-3-small"\n[deployments.b]\ndialect = "openai"\napi_key = "k"\n'
         'model = "text-embedding-3-small"\n[models.mini]\ndeployments = ["local"]\n'
         '[models.small]\ndeployments = ["b", "a"]\n'
     )
-    table = embedgate("models", folder=tmp_path)
-    assert table.returncode == 0, table.stderr
-    assert [re.split(r"  +", line) for line in table.stdout.splitlines()] == [
-        ["MODEL", "DIMENSIONS", "MAX TOKENS", "DEPLOYMENTS"],
+    shown = embedgate("models", folder=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    served, title, catalog = shown.stdout.rstrip().split("\n\n")
+    assert [re.split(r"  +", line) for line in served.splitlines()] == [
+        ["MODEL", "DIMENSIONS", "MAX INPUT TOKENS", "DEPLOYMENTS"],
         ["mini", "384", "256", "local"],
         ["small", "1536", "8192", "b, a"],
     ]
-    listed = embedgate("models", "--json", folder=tmp_path)
-    assert [json.loads(line) for line in listed.stdout.splitlines()] == [
+    assert title == f"The catalog as of {KNOWN_ON}:"
+    assert len(catalog.splitlines()) == len(CATALOG) + 1
+    listed = [json.loads(line) for line in embedgate("models", "--json", folder=tmp_path).stdout.splitlines()]
+    assert [row for row in listed if "deployments" in row] == [
         {"model": "mini", "dimensions": 384, "max_input_tokens": 256, "deployments": ["local"]},
         {"model": "small", "dimensions": 1536, "max_input_tokens": 8192, "deployments": ["b", "a"]},
     ]
+    assert [(row["dialect"], row["model"]) for row in listed if "dialect" in row] == list(CATALOG)
+
+
+def test_check_warns_of_what_can_be_served_but_deserves_a_look(tmp_path: Path) -> None:
+    """On the standard error, one line each; the configuration is good all the same."""
+    (tmp_path / "embedgate.toml").write_text(
+        '[deployments.d]\ndialect = "openai"\napi_key = "k"\nmodel = "text-embedding-3-small"\n'
+        '[models.m]\ndeployments = ["d"]\n'
+    )
+    shown = embedgate("check", folder=tmp_path)
+    assert shown.returncode == 0
+    assert shown.stdout.startswith("# embedgate.toml")
+    (warning,) = shown.stderr.splitlines()
+    assert warning.startswith("embedgate: warning: deployments.d.tier: no limits are set")
+
+
+# ── deployments that are called ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def live(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`embedgate check --live`, while the emulators of this process answer."""
+    return await asyncio.to_thread(embedgate, "check", "--live", *arguments, folder=folder)
+
+
+def configure(folder: Path, base_url: str, *, key: str = "sk-emulator-key", tokens_per_minute: int = 20_000) -> None:
+    """One deployment that is believed to take so many tokens."""
+    (folder / "embedgate.toml").write_text(
+        f'[deployments.main]\ndialect = "openai"\nbase_url = "{base_url}"\napi_key = "{key}"\n'
+        f'model = "text-embedding-3-small"\ntokens_per_minute = {tokens_per_minute}\n'
+        '[models.small]\ndeployments = ["main"]\n'
+    )
+
+
+async def test_a_live_check_calls_every_deployment_and_compares_with_what_was_accepted(tmp_path: Path) -> None:
+    """The first answer is accepted, the second one compared with it; the log stays out of both."""
+    async with OpenAIEmulator() as emulator:
+        configure(tmp_path, emulator.base_url)
+        shown = await live(tmp_path)
+        assert (shown.returncode, shown.stderr) == (0, "")
+        head, row = (re.split(r"  +", line) for line in shown.stdout.splitlines())
+        assert head[:5] == ["MODEL", "DEPLOYMENT", "LATENCY MS", "DIMENSIONS", "COSINE"]
+        assert (row[:2], row[3:5]) == (["small", "main"], ["1536", "-"])
+        told = await live(tmp_path, "--json")
+        (found,) = [json.loads(line) for line in told.stdout.splitlines()]
+        assert told.returncode == 0
+        assert (found["cosine"], found["dimensions"], found["usd_per_million"]) == (1.0, 1536, 0.02)
+        assert (found["tokens_configured"], found["wrong"]) == (20_000, [])
+        assert found["latency_ms"] >= 0
+        again = json.loads((await live(tmp_path, "--json", "--accept")).stdout)
+        assert (again["cosine"], again["wrong"]) == (None, [])
+    assert len(emulator.arrivals) == 3
+
+
+async def test_a_live_check_ends_with_1_when_something_is_wrong(tmp_path: Path) -> None:
+    """A key that is not accepted, or a smaller quota than configured, in our words; as a table or as JSON."""
+    async with OpenAIEmulator(judge=Judge(tokens_per_minute=30_000)) as emulator:
+        configure(tmp_path, emulator.base_url, key="sk-another-key")
+        shown = await live(tmp_path)
+        configure(tmp_path, emulator.base_url, tokens_per_minute=50_000)
+        told = await live(tmp_path, "--json")
+    assert (shown.returncode, told.returncode) == (1, 1)
+    assert "BadCredential: HTTP 401" in shown.stdout
+    assert "sk-another-key" not in f"{shown}{told}"
+    assert json.loads(told.stdout)["wrong"] == ["the account has 30000 tokens per minute, 50000 are configured"]
+
+
+def test_options_of_a_live_check_need_it(tmp_path: Path) -> None:
+    """`--accept` alone would accept nothing."""
+    for option in ("--accept", "--json"):
+        shown = embedgate("check", option, folder=tmp_path)
+        assert (shown.returncode, shown.stdout) == (2, "")
+        assert "belong to --live" in shown.stderr
 
 
 def test_a_port_in_use_is_told_in_one_line(tmp_path: Path) -> None:
@@ -124,7 +206,7 @@ def serving(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
     process = subprocess.Popen(
         [*COMMAND, "serve", "--port", "0"],
         cwd=folder,
-        env=ENVIRON,
+        env=ENVIRON | {"EMBEDGATE_STORES__DATA_DIR": str(folder / "data")},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

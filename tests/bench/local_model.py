@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 
 from app.domain import ANONYMOUS, EmbeddingRequest
-from app.providers.local import LocalModel, _cores, _runs, default_model
+from app.providers.local import DEVICES, _cores, _runs, default_model
 from app.runtime import Runtime
 from app.settings import load
 from app.tokens import HuggingFaceCounter
@@ -88,8 +88,10 @@ class _Bare:
     def batches(self, texts: Sequence[str]) -> list[Batch]:
         """The runs that embedgate makes of `texts`: sorted within each call."""
         ids = [self._counter.ids(text, self._most_tokens)[0] for text in texts]
-        calls = (ids[start : start + LocalModel.max_items] for start in range(0, len(ids), LocalModel.max_items))
-        return [self._batch([call[place] for place in run]) for call in calls for run in _runs(list(map(len, call)))]
+        cpu = DEVICES["cpu"]
+        calls = (ids[start : start + cpu.max_items] for start in range(0, len(ids), cpu.max_items))
+        runs = ([call[place] for place in run] for call in calls for run in _runs(list(map(len, call)), cpu))
+        return [self._batch(run) for run in runs]
 
     def run(self, batches: list[Batch]) -> None:
         """Runs them one after another."""

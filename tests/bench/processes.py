@@ -99,7 +99,7 @@ def configured(name: str, models: Mapping[str, tuple[Server, str]]) -> Path:
         lines += [
             f"[deployments.'{model}']\ndialect = 'openai'\nmodel = '{UPSTREAM_MODEL}'\n{limits}",
             f"base_url = 'http://127.0.0.1:{stand_in.port}/v1'",
-            f"[models.'{model}']\ndeployments = ['{model}']",
+            f"[models.'{model}']\ndeployments = ['{model}']\ncanary_interval_s = 0",
         ]
     path = RESULTS / f"{name}.toml"
     path.write_text("\n".join(lines) + "\n")

@@ -1,5 +1,6 @@
 """The configuration: what is understood, what overrides it, and that keys never show."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +10,10 @@ from hypothesis import strategies as st
 
 from app.domain import Attempts, BreakerPolicy, Limits, Priority, Tenant
 from app.errors import ConfigurationError
+from app.providers.self_hosted import TextEmbeddingsInference
 from app.settings import LocalDeployment, RemoteDeployment, Settings, describe, find, load
-
-SMALL = """\
-[deployments.main]
-dialect = "openai"
-base_url = "http://10.0.0.7:8000/v1"
-model = "bge-small"
-
-[models.bge]
-deployments = ["main"]
-dimensions = 384
-"""
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Any:
-    """Puts a text into `embedgate.toml` and returns its path."""
-
-    def put(text: str) -> Path:
-        path = tmp_path / "embedgate.toml"
-        path.write_text(text, "utf-8")
-        return path
-
-    return put
-
+from app.settings.grammar import FIELDS
+from tests.unit.configurations import SMALL
 
 # ── what is understood ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -83,6 +63,95 @@ def test_defaults_are_those_of_the_domain(write: Any) -> None:
     assert (deployment.limits(), deployment.retry(), deployment.breaker()) == (Limits(), Attempts(), BreakerPolicy())
 
 
+OPENAI = '[deployments.d]\ndialect = "openai"\napi_key = "k"\nmodel = "text-embedding-3-small"\n{0}\n'
+OPENAI += '[models.m]\ndeployments = ["d"]\n{1}\n'
+
+
+@pytest.mark.parametrize(
+    ("stated", "requests", "tokens"),
+    [
+        ("", 0, 0),
+        ('tier = "1"', 3000, 1_000_000),
+        ('tier = "1"\nheadroom = 0.9', 2700, 900_000),
+        ("requests_per_minute = 100\ntokens_per_minute = 150000\nheadroom = 0.9", 90, 135_000),
+        ('tier = "1"\nrequests_per_minute = 50', 50, 1_000_000),
+        ('tier = "1"\ntokens_per_minute = 0\nheadroom = 0.5', 1500, 0),
+        ("requests_per_minute = 1\nheadroom = 0.5", 1, 0),
+    ],
+)
+def test_quotas_come_from_the_file_then_the_tier_and_headroom_lowers_both(
+    write: Any, stated: str, requests: int, tokens: int
+) -> None:
+    """What the file says counts, 0 included; and no headroom turns a small quota into none."""
+    limits = load(write(OPENAI.format(stated, "")), {}).deployments["d"].limits()
+    assert (limits.requests_per_minute, limits.tokens_per_minute) == (requests, tokens)
+
+
+@pytest.mark.parametrize(
+    ("stated", "jitter"), [("", None), ('jitter = "full"', None), ("jitter = 0.2", 0.2), ("jitter = 0", 0.0)]
+)
+def test_waits_between_tries_are_the_operators(write: Any, stated: str, jitter: float | None) -> None:
+    """4, 8, 16 s without jitter, or 1 to 32 s give or take a fifth: both can be said."""
+    text = f"backoff_base_s = 4\nbackoff_cap_s = 16\ncooldown_s = 2.5\ncooldown_cap_s = 300\n{stated}"
+    retry = load(write(OPENAI.format(text, "")), {}).deployments["d"].retry()
+    assert retry == Attempts(3, 4, 16, jitter, 2.5, 300)
+
+
+@pytest.mark.parametrize(
+    ("spill", "seconds"), [('"wait"', math.inf), ('"now"', 0.0), ("0", 0.0), ("250", 0.25), ("2.5", 0.0025)]
+)
+def test_spill_is_a_word_or_milliseconds(write: Any, spill: str, seconds: float) -> None:
+    """Whole or broken, in the file as in the environment."""
+    path = write(OPENAI.format("", f"spill = {spill}"))
+    assert load(path, {}).models["m"].spill_s == seconds
+    assert load(path, {"EMBEDGATE_MODELS__M__SPILL": "12.5"}).models["m"].spill_s == 0.0125
+    assert load(path, {"EMBEDGATE_MODELS__M__SPILL": "now"}).models["m"].spill_s == 0.0
+
+
+def test_small_batches_lower_what_they_may_shrink_to(write: Any) -> None:
+    """Who only makes batches smaller need not name the floor of their adapting."""
+    limits = load(write(OPENAI.format("max_batch_tokens = 500", "")), {}).deployments["d"].limits()
+    assert (limits.max_batch_tokens, limits.min_batch_tokens) == (500, 500)
+
+
+def test_a_server_brings_its_own_wire_and_limits(write: Any) -> None:
+    """What is peculiar to TEI holds for it although it is of OpenAI's dialect, and it needs no key."""
+    text = SMALL.replace('model = "bge-small"', 'model = "bge-small"\nserver = "tei"')
+    deployment = load(write(text), {}).deployments["main"]
+    assert isinstance(deployment, RemoteDeployment)
+    assert (deployment.wire, deployment.limits().max_batch_items) == (TextEmbeddingsInference, 32)
+    assert not deployment.understands_token_ids
+
+
+def test_prompts_of_the_file_stand_beside_those_of_the_catalog(write: Any) -> None:
+    """A model of one's own tells input types apart by what the file says; a vendor's by its own words."""
+    own = load(write(SMALL + 'query_prompt = "query: "\ndocument_prompt = ""\ninput_type = "document"\n'), {})
+    assert dict(own.facts("bge").prompts) == {"query": "query: ", "document": ""}
+    assert own.facts("bge").default_input_type == "document"
+    vendors = (
+        '[deployments.d]\ndialect = "voyage"\napi_key = "k"\nmodel = "voyage-4"\n[models.m]\ndeployments = ["d"]\n'
+    )
+    assert set(dict(load(write(vendors), {}).facts("m").prompts)) == {"query", "document"}
+
+
+def test_a_tokenizer_file_makes_counts_exact(write: Any, tmp_path: Path) -> None:
+    """It is looked for where the path says, `~` included, and only then the count is no estimate."""
+    (tmp_path / "tokenizer.json").touch()
+    named = load(write(SMALL + f'tokenizer = "{tmp_path}/tokenizer.json"\nlong_input = "mean"\n'), {})
+    assert named.facts("bge").counts_exactly
+    assert not load(write(SMALL), {}).facts("bge").counts_exactly
+    assert load(None, {}).facts("all-MiniLM-L6-v2").counts_exactly
+
+
+def test_an_outage_model_is_named_but_widens_nobodys_rights(write: Any) -> None:
+    """A tenant of one model may not use the other one because it stands in."""
+    text = OPENAI.format("", 'on_outage = "mini"')
+    text += '[deployments.local]\ndialect = "local"\n[models.mini]\ndeployments = ["local"]\n'
+    settings = load(write(text + '[tenants.t]\napi_key = "k"\nmodels = ["m"]\n'), {})
+    assert settings.models["m"].on_outage == "mini"
+    assert not settings.tenants["t"].tenant("t").may_use("mini")
+
+
 def test_the_catalog_fills_in_what_is_known_of_openai_models(write: Any) -> None:
     """Dimensions, longest input, vocabulary and Matryoshka need no configuration for OpenAI's models."""
     text = '[deployments.d]\ndialect = "openai"\napi_key = "k"\nmodel = "{0}"\n[models.m]\ndeployments = ["d"]\n'
@@ -112,8 +181,7 @@ def test_a_local_model_leaves_to_its_files_what_they_say() -> None:
 
 def test_token_ids_are_native_only_at_openai(write: Any) -> None:
     """Compatible servers get text unless the operator says that they know the ids."""
-    openai = '[deployments.d]\ndialect = "openai"\napi_key = "k"\nmodel = "text-embedding-3-small"\n'
-    openai += '[models.m]\ndeployments = ["d"]\n'
+    openai = OPENAI.format("", "")
     for text, native in [
         (openai, True),
         (SMALL, False),
@@ -122,7 +190,7 @@ def test_token_ids_are_native_only_at_openai(write: Any) -> None:
     ]:
         (deployment,) = load(write(text), {}).deployments.values()
         assert isinstance(deployment, RemoteDeployment)
-        assert deployment.takes_token_ids is native
+        assert deployment.understands_token_ids is native
 
 
 def test_the_file_is_found_by_option_then_environment_then_folder(
@@ -137,16 +205,27 @@ def test_the_file_is_found_by_option_then_environment_then_folder(
     assert find(Path("a.toml"), {"EMBEDGATE_CONFIG": "b.toml"}) == Path("a.toml")
 
 
+NEEDED_KEYS = ("EMBEDGATE_API_KEY", "EMBEDGATE_ADMIN_KEY", "OPENAI_API_KEY", "AZURE_API_KEY")
+RARELY_NEEDED = {name for name in FIELDS["deployments"] if name.startswith("breaker_")} | {
+    "judged_spans_s", "max_batch_bytes", "takes_token_ids", "cuts_dimensions", "token_ids", "same_space",
+}  # fmt: skip
+
+
 def test_the_example_configuration_is_accepted_and_so_is_all_that_it_offers(tmp_path: Path) -> None:
     """deploy/embedgate.toml loads as it is, and with every commented line made real."""
     example = Path(__file__).parents[2] / "deploy" / "embedgate.toml"
-    environ = {name: f"key-{name}" for name in ("EMBEDGATE_API_KEY", "EMBEDGATE_ADMIN_KEY", "OPENAI_API_KEY")}
+    environ = {name: f"key-{name}" for name in NEEDED_KEYS}
     assert list(load(example, environ).tenants) == ["default"]
     lines = example.read_text("utf-8").splitlines()
     real = [line[2:] if line.startswith("# ") and (" = " in line or line.startswith("# [")) else line for line in lines]
     whole = tmp_path / "whole.toml"
     whole.write_text("\n".join(real), "utf-8")
-    assert list(load(whole, environ).deployments) == ["local", "openai-main"]
+    settings = load(whole, environ)
+    assert list(settings.deployments) == ["local", "openai-main", "azure-eu", "tei"]
+    for section in ("deployments", "models"):
+        offered = {key for entry in getattr(settings, section).values() for key in entry.model_fields_set}
+        missing = FIELDS[section].keys() - offered - RARELY_NEEDED
+        assert not missing, f"a starting configuration should show {missing}"
 
 
 def test_later_names_with_their_default_are_accepted(write: Any) -> None:
@@ -233,13 +312,53 @@ def test_no_key_ever_shows(tmp_path_factory: pytest.TempPathFactory, key: str, b
     assert key not in shown
 
 
-def test_the_description_says_everything_and_loads_again(write: Any) -> None:
-    """What `check` prints is a configuration that means the same, but for the keys."""
-    settings = load(write(SMALL + 'cuts_dimensions = true\n[tenants.t]\napi_key = "k"\nweight = 2.5\n'), {})
+DESCRIBED = [
+    SMALL + 'cuts_dimensions = true\n[tenants.t]\napi_key = "k"\nweight = 2.5\n',
+    SMALL.replace("[models", "max_batch_tokens = 500\nheadroom = 0.9\nrequests_per_minute = 60\n[models")
+    + 'query_prompt = "query: "\ninput_type = "query"\nspill = 2.5\ncanary_cosine = 0.99\n',
+    OPENAI.format('tier = "1"\nheadroom = 0.9', ""),
+    '[deployments.d]\ndialect = "voyage"\napi_key = "k"\nmodel = "voyage-4"\n[models.m]\ndeployments = ["d"]\n',
+    "",
+]
+
+
+@pytest.mark.parametrize("text", DESCRIBED, ids=["unknown", "stated", "tier", "vendor", "nothing"])
+def test_the_description_says_what_is_in_force_and_loads_again(write: Any, text: str) -> None:
+    """What `check` prints is a configuration that serves the same, but for the keys."""
+    settings = load(write(text), {})
     again = load(write(describe(settings)), {})
-    assert again.model_dump(exclude={"tenants", "models"}) == settings.model_dump(exclude={"tenants", "models"})
-    assert again.facts("bge") == settings.facts("bge")
-    assert again.tenants["t"].tenant("t") == settings.tenants["t"].tenant("t")
+    for name, deployment in settings.deployments.items():
+        same = again.deployments[name]
+        assert (same.limits(), same.retry(), same.breaker()) == (
+            deployment.limits(),
+            deployment.retry(),
+            deployment.breaker(),
+        )
+        if isinstance(deployment, RemoteDeployment):
+            assert isinstance(same, RemoteDeployment)
+            assert same.understands_token_ids == deployment.understands_token_ids
+    assert [again.facts(name) for name in again.models] == [settings.facts(name) for name in settings.models]
+    assert [noun.tenant(name) for name, noun in again.tenants.items()] == [
+        noun.tenant(name) for name, noun in settings.tenants.items()
+    ]
+    in_force = [line for line in describe(settings).splitlines() if not line.startswith("# headroom")]
+    assert describe(again).splitlines() == in_force
+
+
+def test_the_description_shows_tier_headroom_and_catalog(write: Any) -> None:
+    """The limits that count, where they come from, and the price."""
+    shown = describe(load(write(DESCRIBED[2]), {}))
+    for said in (
+        "requests_per_minute = 2700",
+        "tokens_per_minute = 900000",
+        "# headroom: 0.9, which is taken off the quotas below",
+        "# price: 0.02 USD per million tokens, 0.01 in the vendor's batches, as known on 20",
+        "dimensions = 1536",
+        "takes_token_ids = true",
+    ):
+        assert said in shown.replace('"', ""), shown
+    wider = describe(load(write(DESCRIBED[3]), {}))
+    assert "# vectors are 1024 wide; callers may ask for up to 2048" in wider
 
 
 def test_settings_cannot_be_changed(write: Any) -> None:

@@ -1,0 +1,90 @@
+"""Hides what can be served but deserves a look: models that their vendor shuts down, and risks that were chosen."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+
+from app.settings.grammar import DeploymentSettings, ModelSettings, RemoteDeployment, Settings
+from app.settings.places import dotted
+
+_NEAR_DAYS = 90
+
+
+@dataclass(frozen=True, slots=True)
+class Retirement:
+    """The end of a deployment's model at its vendor, in so many `days`; 0 on the day, fewer after it."""
+
+    deployment: str
+    model: str
+    shutdown: date
+    days: int
+
+    @property
+    def near(self) -> bool:
+        """Whether somebody should act now."""
+        return self.days <= _NEAR_DAYS
+
+    def __str__(self) -> str:
+        what = f"has been shut down by its vendor since {self.shutdown}"
+        if self.days > 0:
+            count = f"{self.days} day{'s' * (self.days > 1)}"
+            what = f"will be shut down by its vendor in {count}, on {self.shutdown}"
+        return f"'{self.model}' {what}; move to another model"
+
+
+def retirements(settings: Settings, today: date) -> list[Retirement]:
+    """Of every deployment that a model uses and whose vendor has named a day."""
+    used = {listed: settings.deployments[listed] for model in settings.models.values() for listed in model.deployments}
+    terms = {name: each.terms for name, each in used.items() if isinstance(each, RemoteDeployment)}
+    return [
+        Retirement(name, used[name].model, card.shutdown, (card.shutdown - today).days)
+        for name, card in terms.items()
+        if card is not None and card.shutdown is not None
+    ]
+
+
+def cautions(settings: Settings, today: date) -> Iterator[str]:
+    """One line for each: the key, and what may happen."""
+    for retirement in retirements(settings, today):
+        if retirement.near:
+            yield f"{dotted(('deployments', retirement.deployment, 'model'))}: {retirement}"
+    for name, deployment in settings.deployments.items():
+        yield from _quotas(name, deployment)
+    for name, model in settings.models.items():
+        yield from _silent_cuts(settings, name, model)
+        yield from _never_degraded(settings, name, model)
+
+
+def _quotas(name: str, deployment: DeploymentSettings) -> Iterator[str]:
+    if not isinstance(deployment, RemoteDeployment):
+        return
+    for limit in ("requests_per_minute", "tokens_per_minute"):
+        allowed = getattr(deployment.quota, limit)
+        if getattr(deployment, limit) == 0 and allowed:
+            key = dotted(("deployments", name, limit))
+            yield f"{key}: 0 is unlimited, although the tier '{deployment.tier}' allows {allowed}"
+    limits = deployment.limits()
+    tiers = deployment.terms.tiers if deployment.terms is not None else {}
+    if deployment.is_vendors and tiers and not (limits.requests_per_minute or limits.tokens_per_minute):
+        key = dotted(("deployments", name, "tier"))
+        yield f"{key}: no limits are set, so only 429s will slow it down; set the account's tier: {', '.join(tiers)}"
+
+
+def _silent_cuts(settings: Settings, name: str, model: ModelSettings) -> Iterator[str]:
+    if settings.facts(name).counts_exactly:
+        return
+    for listed in model.deployments:
+        deployment = settings.deployments[listed]
+        if isinstance(deployment, RemoteDeployment) and deployment.wire.cuts_silently:
+            yield (
+                f"{dotted(('models', name, 'tokenizer'))}: '{listed}' ({deployment.server or deployment.dialect}) cuts "
+                "long texts without a word, which an estimate cannot prevent; set the path of its tokenizer.json"
+            )
+
+
+def _never_degraded(settings: Settings, name: str, model: ModelSettings) -> Iterator[str]:
+    for tenant, entry in settings.tenants.items():
+        noun = entry.tenant(tenant)
+        if model.on_outage and noun.may_use(name) and not noun.may_use(model.on_outage):
+            key = dotted(("tenants", tenant, "models"))
+            yield f"{key}: without '{model.on_outage}', it is never answered by the on_outage of '{name}'"
