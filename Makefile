@@ -7,16 +7,24 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet install
 COMPILE := uv pip compile --universal --generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench lock
+.PHONY: help run test check trials trial-proxy bench lock
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(RUN_STAMP) ## Serve on 127.0.0.1:8080, or as ./embedgate.toml says (PORT=8099 for another port)
 	@exec .venv/bin/embedgate serve $(if $(PORT),--port $(PORT))
 
 test: $(DEV_STAMP) ## Run the whole test suite (ARGS="-k queue" for a part)
 	@exec $(PY) -m pytest $(ARGS)
+
+trials: $(DEV_STAMP) ## Run the slow proofs under load and faults (ARGS="-k fallback" for a part)
+	@exec $(PY) -m pytest -o python_files='trial_*.py' -o timeout=600 -s tests/trials $(ARGS)
+
+trial-proxy: $(DEV_STAMP) ## Hold the provider contract against LiteLLM's proxy, installed in .venv-litellm
+	@test -x .venv-litellm/bin/litellm || { $(PY) -m venv --clear .venv-litellm && \
+		.venv-litellm/bin/python -m pip --disable-pip-version-check --quiet install 'litellm[proxy]==1.101.6'; }
+	@EMBEDGATE_TEST_LITELLM=$(CURDIR)/.venv-litellm/bin/litellm $(PY) -m pytest tests/contract/test_providers.py -k litellm
 
 check: $(DEV_STAMP) ## Lint, formatting, types and the floors of the house
 	.venv/bin/ruff check

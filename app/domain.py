@@ -165,7 +165,7 @@ class BreakerPolicy:
     ratio_min_calls: int = 10
     ratio_window_s: float = 30.0
     open_s: float = 1.0
-    open_cap_s: float = 5.0
+    open_cap_s: float = 4.0
     probe_lease_s: float = 5.0
     stall_least_s: float = 1.0
 

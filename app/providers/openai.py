@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from app.domain import Space, Text
-from app.errors import InputRefused, Misconfigured, ProviderError, QuotaExhausted, Throttled
+from app.errors import BadCredential, InputRefused, Misconfigured, ProviderError, QuotaExhausted, Throttled
 from app.providers.cards import ModelCard, Quota
 from app.providers.dialect import Ask, Dialect, prompted
 from app.providers.refusals import Answer, by_status, retry_after_s
@@ -68,6 +68,8 @@ class OpenAI(Dialect):
         status, detail = answer.status, f"HTTP {answer.status}"
         if words & {"insufficient_quota", "billing_hard_limit_reached"}:
             return QuotaExhausted(detail)
+        if "no_db_connection" in words:  # how LiteLLM's proxy without a database answers a key that it does not know
+            return BadCredential(detail)
         if status == 429 and message.startswith("Request too large"):
             return InputRefused(f"{detail}: larger than the whole quota")
         if status == 429:

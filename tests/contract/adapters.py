@@ -1,12 +1,9 @@
 """Every Provider there is, each before what it calls: one line here holds an implementation to the whole contract."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from app.domain import InputType, Space
-from app.ports import Provider
 from app.providers.azure import Azure
 from app.providers.cohere import Cohere
 from app.providers.dialect import Dialect
@@ -17,6 +14,8 @@ from app.providers.mistral import Mistral
 from app.providers.openai import OpenAI
 from app.providers.self_hosted import VLLM, Infinity, Ollama, TextEmbeddingsInference
 from app.providers.voyage import Voyage
+from tests.contract import proxies
+from tests.contract.subject import Adapter, Subject
 from tests.emulators.azure import AzureEmulator, DatedAzureEmulator
 from tests.emulators.cohere import CohereEmulator
 from tests.emulators.gemini import GeminiEmulator
@@ -30,18 +29,6 @@ from tests.emulators.tei import TEIEmulator
 from tests.emulators.vllm import VLLMEmulator
 from tests.emulators.voyage import VoyageEmulator
 from tests.remote import remote
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A Provider, the Space that it is asked for, and the stand-in behind it (none: it works by itself)."""
-
-    provider: Provider
-    space: Space
-    emulator: Emulator | None
-
-
-Adapter: TypeAlias = Callable[[], AbstractAsyncContextManager[Subject]]
 
 
 def vendor(
@@ -59,10 +46,12 @@ def vendor(
     async def made() -> AsyncIterator[Subject]:
         async with emulator() as running:
             provider = remote(wire, running.base_url, running.api_key, model, options=options, max_in_flight=4)
+            stranger = remote(wire, running.base_url, "another-key", model, options=options)
             try:
-                yield Subject(provider, Space(model, width, input_type=input_type), running)
+                yield Subject(provider, Space(model, width, input_type=input_type), running, stranger)
             finally:
                 await provider.aclose()
+                await stranger.aclose()
 
     return made
 
@@ -73,7 +62,7 @@ async def local() -> AsyncIterator[Subject]:
     facts = default_model()
     provider = LocalModel(facts)
     try:
-        yield Subject(provider, facts.space("all-MiniLM-L6-v2"), None)
+        yield Subject(provider, facts.space("all-MiniLM-L6-v2"))
     finally:
         await provider.aclose()
 
@@ -101,3 +90,8 @@ ADAPTERS: dict[str, Adapter] = {
 
 ALONE = frozenset({"local"})
 """Those that call nobody."""
+
+PROXIED = {"embedgate": proxies.embedgate} | ({"litellm": proxies.litellm} if proxies.LITELLM else {})
+"""Those whose stand-in is behind a server that treats its failures in its own way."""
+
+ADAPTERS |= PROXIED

@@ -1,11 +1,11 @@
-"""What one provider's connections promise: counted whatever happens, in time, and through no proxy that was not asked."""
+"""What one provider's connections promise: counted whatever happens, bounded in time, through proxies only if asked."""
 
 import asyncio
 import base64
 import random
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Self
 
@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from app.domain import ANONYMOUS, EmbeddingRequest
-from app.errors import CallTimeout, ConfigurationError, ProviderError, Unreachable
+from app.errors import CallTimeout, ConfigurationError, ProviderError, Unreachable, UpstreamFailed
 from app.providers.http import Endpoint, Pool
 from app.providers.refusals import Answer
 from app.runtime import Runtime
@@ -67,13 +67,14 @@ async def connect(emulator: OpenAIEmulator) -> AsyncIterator[Connect]:
 
 
 class Door:
-    """A fault that holds calls until it is opened; `reached` once one of them has come."""
+    """Holds calls until it is `open`; `reached` once one of them has come."""
 
     def __init__(self) -> None:
         self.reached = asyncio.Event()
         self.open = asyncio.Event()
 
-    async def __call__(self, wire: Wire, content: bytes) -> None:
+    async def hold(self, wire: Wire, content: bytes) -> None:
+        """The fault."""
         self.reached.set()
         await self.open.wait()
         await wire.answer(200, content, {})
@@ -83,10 +84,10 @@ class Door:
 
 
 async def test_the_pool_says_who_is_busy_and_who_waits(connect: Connect, emulator: OpenAIEmulator) -> None:
-    """One of two calls has the only connection, the other waits for it; afterwards it is idle, and then it is closed."""
+    """One of two calls has the only connection, the other waits for it; then it is idle, and at last closed."""
     endpoint, door = connect(max_connections=1), Door()
     assert endpoint.pool() == Pool(busy=0, idle=0, waiting=0)
-    emulator.inject(door)
+    emulator.inject(door.hold)
     calls = [asyncio.create_task(post(endpoint)) for _ in range(2)]
     await door.reached.wait()
     assert endpoint.pool() == Pool(busy=1, idle=0, waiting=1)
@@ -94,7 +95,12 @@ async def test_the_pool_says_who_is_busy_and_who_waits(connect: Connect, emulato
     assert [answer.status for answer in await asyncio.gather(*calls)] == [200, 200]
     assert endpoint.pool() == Pool(busy=0, idle=1, waiting=0)
     await emulator.__aexit__()
-    while endpoint.pool().idle:
+    await all_closed(endpoint)
+
+
+async def all_closed(endpoint: Endpoint) -> None:
+    """Returns once it knows that its idle connections were closed by the other side."""
+    while endpoint.pool().idle:  # noqa: ASYNC110 (the operating system tells it)
         await asyncio.sleep(0)
 
 
@@ -114,7 +120,7 @@ async def test_a_kept_connection_is_opened_once(connect: Connect, emulator: Open
 
 
 async def test_no_count_leaks(connect: Connect, emulator: OpenAIEmulator) -> None:
-    """After calls that were cancelled at any point in a crowd, were cut off or found nobody, nobody is busy or waits."""
+    """After calls that were cancelled at any point, were cut off or found nobody, nobody is busy or waits."""
     endpoint, chance = connect(max_connections=3), random.Random(5)
 
     async def leave_early() -> None:
@@ -134,6 +140,7 @@ async def test_no_count_leaks(connect: Connect, emulator: OpenAIEmulator) -> Non
     await post(endpoint)
     assert 1 <= endpoint.pool().idle <= 3
     await emulator.__aexit__()
+    await all_closed(endpoint)
     assert type(await failure(endpoint)) is Unreachable
     assert endpoint.pool()[::2] == (0, 0)
 
@@ -196,34 +203,48 @@ class Proxy:
 
     def __init__(self, *, refuses: bool = False) -> None:
         self._refuses = refuses
+        self._tasks: set[asyncio.Future[None]] = set()
         self.heads: list[str] = []
         self.place = ""
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.place = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._tasks.add(asyncio.ensure_future(self._serve(reader, writer)))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        self.heads.append(head)
-        if self._refuses:
-            writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n")
-        else:
+        with closing(writer):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            self.heads.append(head)
+            if self._refuses:
+                writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n")
+                return
             method, url, rest = head.split(" ", 2)
             host, _, path = url.removeprefix("http://").partition("/")
-            onwards = await asyncio.open_connection(*host.split(":"))
-            onwards[1].write(f"{method} /{path} {rest.replace('HTTP/1.1', 'HTTP/1.1' + CLOSE, 1)}".encode())
-            onwards[1].write(await reader.readexactly(len(BODY)))
-            writer.write(await onwards[0].read())
-            onwards[1].close()
-        writer.close()
+            length = int(rest.lower().partition("content-length: ")[2].partition("\r")[0])
+            there, back = await asyncio.open_connection(*host.split(":"))
+            with closing(back):
+                last = rest.replace("HTTP/1.1", "HTTP/1.1\r\nConnection: close", 1)
+                back.write(f"{method} /{path} {last}".encode() + await reader.readexactly(length))
+                writer.write(await there.read())
 
 
-CLOSE = "\r\nconnection: close"
+def only_proxies(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """An environment with no other variables about proxies than these."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
 
 
 async def test_the_environments_proxy_is_used_only_when_asked(
@@ -231,17 +252,13 @@ async def test_the_environments_proxy_is_used_only_when_asked(
 ) -> None:
     """Its proxy gets the call, with its own password, where the operator says so; its exceptions hold."""
     async with Proxy() as proxy:
-        monkeypatch.setenv("http_proxy", f"http://me:secret@{proxy.place}")
-        monkeypatch.delenv("no_proxy", raising=False)
-        monkeypatch.delenv("NO_PROXY", raising=False)
+        only_proxies(monkeypatch, http_proxy=f"http://me:secret@{proxy.place}")
         assert (await post(connect())).status == 200
         assert proxy.heads == []
         assert (await post(connect(proxy_from_environment=True))).status == 200
         [head] = proxy.heads
         assert head.startswith(f"POST {emulator.base_url}/embeddings HTTP/1.1\r\n")
-        assert f"proxy-authorization: Basic {base64.b64encode(b'me:secret').decode()}" in head.replace(
-            "P", "p"
-        ).replace("A", "a")
+        assert f"\r\nProxy-Authorization: Basic {base64.b64encode(b'me:secret').decode()}\r\n" in head
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         assert (await post(connect(proxy_from_environment=True))).status == 200
         assert len(proxy.heads) == 1
@@ -254,9 +271,7 @@ async def test_a_proxy_that_refuses_costs_nothing(
 ) -> None:
     """Whether it is to forward a call or to open a tunnel, nothing reached the provider."""
     async with Proxy(refuses=True) as proxy:
-        monkeypatch.setenv(f"{scheme}_proxy", f"http://{proxy.place}")
-        monkeypatch.delenv("no_proxy", raising=False)
-        monkeypatch.delenv("NO_PROXY", raising=False)
+        only_proxies(monkeypatch, **{f"{scheme}_proxy": f"http://{proxy.place}"})
         failed = await failure(connect(f"{scheme}://provider.example/v1", proxy_from_environment=True))
     assert type(failed) is Unreachable
     assert not failed.counted
@@ -268,7 +283,7 @@ async def test_a_proxy_that_cannot_be_used_is_refused_at_once(
     connect: Connect, monkeypatch: pytest.MonkeyPatch, named: str
 ) -> None:
     """The operator is told which variable is wrong, and not its password."""
-    monkeypatch.setenv("https_proxy", named)
+    only_proxies(monkeypatch, https_proxy=named)
     with pytest.raises(ConfigurationError, match="https_proxy") as refused:
         connect("https://provider.example/v1", proxy_from_environment=True)
     assert "secret" not in str(refused.value)
@@ -289,6 +304,8 @@ async def test_no_password_of_the_environment_is_sent(
 # ── the configuration ───────────────────────────────────────────────────────────────────────────────────────────────
 
 CONFIGURATION = """
+[server]
+log_file = '{log}'
 [deployments.far]
 dialect = "openai"
 base_url = "{base_url}"
@@ -313,9 +330,10 @@ async def test_the_configuration_reaches_the_connections(
     emulator: OpenAIEmulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Time-outs and proxies of each deployment are its own, and its connections show in the metrics."""
-    path = tmp_path / "embedgate.toml"
+    path, log = tmp_path / "embedgate.toml", tmp_path / "log"
     async with mute() as place, Proxy() as proxy:
-        path.write_text(CONFIGURATION.format(base_url=emulator.base_url, mute=place))
+        only_proxies(monkeypatch, http_proxy=f"http://{proxy.place}")
+        path.write_text(CONFIGURATION.format(log=log, base_url=emulator.base_url, mute=place))
         async with Runtime(load(path, {})) as runtime:
 
             async def ask(model: str, text: str) -> None:
@@ -323,4 +341,18 @@ async def test_the_configuration_reaches_the_connections(
                 await runtime.gateway.embed(request)
 
             await ask("far", "a text")
+            emulator.inject(faults.hang)
+            for model in ("far", "mute"):
+                with pytest.raises(UpstreamFailed):
+                    await ask(model, "another text")
             scraped = generate_latest(runtime.telemetry.registry).decode()
+    assert len(proxy.heads) == 2
+    lines = [orjson.loads(line) for line in log.read_bytes().splitlines()]
+    outcomes = [(line["deployment"], line["outcome"]) for line in lines if line["event"] == "batch.settled"]
+    assert outcomes == [("far", "ok"), ("far", "CallTimeout"), ("mute", "Unreachable")]
+    for state in ("busy", "idle", "waiting"):
+        assert f'embedgate_pool_connections{{deployment="far",state="{state}"}} 0.0\n' in scraped
+    assert 'embedgate_pool_connections_opened_total{deployment="far"} 2.0\n' in scraped
+    assert 'embedgate_pool_wait_seconds_count{deployment="far"} 2.0\n' in scraped
+    assert 'embedgate_pool_connections{deployment="mute",state="idle"} 0.0\n' in scraped
+    assert 'embedgate_pool_connections_opened_total{deployment="mute"}' not in scraped

@@ -7,12 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app import vectors
-from app.domain import Space
+from app.domain import ANONYMOUS, EmbeddingRequest, Space
 from app.errors import CallTimeout, ConfigurationError, InputRefused
-from app.providers.local import LocalModel, LocalModelFacts, Matrix, default_model, read_model
+from app.providers.local import (
+    DEVICES,
+    Device,
+    LocalModel,
+    LocalModelFacts,
+    Matrix,
+    _runs,
+    default_model,
+    read_model,
+)
+from app.runtime import Runtime
+from app.settings import load
 
 FACTS = default_model()
 SPACE = FACTS.space("all-MiniLM-L6-v2")
@@ -60,9 +74,9 @@ def write(directory: Path, files: Files) -> Path:
     return directory
 
 
-async def vector(facts: LocalModelFacts, text: str, space: Space | None = None) -> Matrix:
+async def vector(facts: LocalModelFacts, text: str, space: Space | None = None, *, device: str = "auto") -> Matrix:
     """The vector of one text from a model of its own."""
-    model = LocalModel(facts)
+    model = LocalModel(facts, device=device)
     try:
         reply = await model.embed([text], space or facts.space("m"), timeout_s=30)
     finally:
@@ -170,6 +184,61 @@ async def test_the_loop_stays_free_while_the_model_works(model: LocalModel) -> N
         turned = loop.time()
     assert len(call.result().vectors) == 60
     assert max(lags_s) < 0.25
+
+
+# ── devices ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("device", list(DEVICES))
+async def test_a_named_device_is_used_or_refused(device: str) -> None:
+    """Where it is not there, the operator is told what brings it; no other device stands in."""
+    if DEVICES[device].provider in onnxruntime.get_available_providers():
+        named, known = await vector(FACTS, "some text", device=device), await vector(FACTS, "some text", device="cpu")
+        assert named @ known > 0.99
+    else:
+        with pytest.raises(ConfigurationError) as refused:
+            LocalModel(FACTS, device=device)
+        assert f'device = "{device}"' in str(refused.value)
+        assert DEVICES[device].remedy in str(refused.value)
+
+
+async def test_auto_takes_the_first_device_that_is_there() -> None:
+    """The fastest that can be used gives its bounds; the vectors are those of any other."""
+    there = [found for found in DEVICES.values() if found.provider in onnxruntime.get_available_providers()]
+    model = LocalModel(FACTS, device="auto")
+    assert model.max_items in {found.max_items for found in there}
+    await model.aclose()
+    assert await vector(FACTS, "some text") @ await vector(FACTS, "some text", device="cpu") > 0.99
+
+
+@pytest.mark.parametrize("device", list(DEVICES.values()), ids=list(DEVICES))
+@given(lengths=st.lists(st.integers(1, 512), max_size=300))
+def test_the_network_takes_no_more_at_once_than_its_device(device: Device, lengths: list[int]) -> None:
+    """Every text is in one run, and a run of several keeps to the device's texts and, padded, to its tokens."""
+    runs = list(_runs(lengths, device))
+    assert sorted(place for run in runs for place in run) == list(range(len(lengths)))
+    for run in runs:
+        assert len(run) <= device.run_items
+        assert len(run) == 1 or len(run) * max(lengths[place] for place in run) <= device.run_tokens
+
+
+@pytest.mark.parametrize(("setting", "calls"), [("device = 'cpu'", 3), ("device = 'cpu'\nmax_batch_items = 40", 1)])
+async def test_a_call_carries_what_the_device_likes_or_the_operator_says(
+    tmp_path: Path, setting: str, calls: int
+) -> None:
+    """Forty texts are three calls on a CPU, unless the configuration wants them in one."""
+    path = tmp_path / "embedgate.toml"
+    path.write_text(
+        f"[server]\nlog_file = '{tmp_path}/log'\n[deployments.here]\ndialect = 'local'\n{setting}\n"
+        "[models.small]\ndeployments = ['here']\n"
+    )
+    async with Runtime(load(path, {})) as runtime:
+        texts = tuple(f"text {number}" for number in range(40))
+        request = EmbeddingRequest(ANONYMOUS, "small", texts, asyncio.get_running_loop().time() + 60)
+        assert len((await runtime.gateway.embed(request)).vectors) == 40
+        assert runtime.telemetry.registry.get_sample_value("embedgate_batch_items_sum", {"deployment": "here"}) == 40
+        left = runtime.telemetry.registry.get_sample_value("embedgate_batch_items_count", {"deployment": "here"})
+    assert left == calls
 
 
 # ── directories ─────────────────────────────────────────────────────────────────────────────────────────────────────

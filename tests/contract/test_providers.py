@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from app.errors import (
     Transient,
     Unreachable,
 )
-from tests.contract.adapters import ADAPTERS, ALONE, Subject
+from tests.contract.adapters import ADAPTERS, ALONE, PROXIED
+from tests.contract.subject import Subject
 from tests.emulators import faults, server
 from tests.emulators.server import Damage, Emulator
 
@@ -26,9 +28,11 @@ TEXTS = ["the cat sat on the mat", "ein ganz anderer Satz", "три", "a much lo
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each implementation in turn; where a test is about whom it calls, each that calls somebody."""
+    """Each implementation in turn; of tests about whom it calls, each that calls somebody, or calls nobody between."""
     if "subject" in metafunc.fixturenames:
-        names = [name for name in ADAPTERS if name not in ALONE or "emulator" not in metafunc.fixturenames]
+        wanted = metafunc.fixturenames
+        names = [name for name in ADAPTERS if name not in ALONE or not {"emulator", "behind"} & set(wanted)]
+        names = [name for name in names if name not in PROXIED or "emulator" not in wanted]
         metafunc.parametrize("subject", [ADAPTERS[name] for name in names], ids=names, indirect=True)
 
 
@@ -42,6 +46,13 @@ async def subject(request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
 @pytest.fixture
 def emulator(subject: Subject) -> Emulator:
     """What the implementation calls."""
+    assert subject.emulator is not None
+    return subject.emulator
+
+
+@pytest.fixture
+def behind(subject: Subject) -> Emulator:
+    """What the implementation calls, or what stands behind whom it calls."""
     assert subject.emulator is not None
     return subject.emulator
 
@@ -109,6 +120,7 @@ async def test_no_time_is_a_time_out(subject: Subject) -> None:
 async def test_a_cancelled_call_leaves_a_working_provider(subject: Subject) -> None:
     """Calls cancelled at many points leave no task behind, and the next call succeeds."""
     provider, space = subject.provider, subject.space
+    await provider.embed(["warm"], space, timeout_s=30)
     before = asyncio.all_tasks()
     for turns in range(20):
         call = asyncio.create_task(provider.embed(TEXTS, space, timeout_s=30))
@@ -184,15 +196,17 @@ async def test_the_vendors_own_limit_is_understood(subject: Subject, emulator: E
     assert isinstance(await failure(subject), Throttled)
 
 
-async def test_a_foreign_key_is_the_operators(subject: Subject, emulator: Emulator) -> None:
-    """The vendor's own answer to a key that it does not know, whatever its status."""
-    emulator.api_key = "another-key"
-    assert type(await failure(subject)) is BadCredential
+async def test_a_foreign_key_is_the_operators(subject: Subject, behind: Emulator) -> None:
+    """The server's own answer to a key that it does not know, whatever its status."""
+    assert subject.stranger is not None
+    behind.api_key = behind.api_key or "who has none by itself stands behind who has"
+    assert type(await failure(replace(subject, provider=subject.stranger))) is BadCredential
+    assert not behind.bill.requests
 
 
-async def test_one_bad_text_refuses_its_call(subject: Subject, emulator: Emulator) -> None:
-    """The vendor's own refusal of a text; without that text the call succeeds."""
-    emulator.poison.add(TEXTS[1])
+async def test_one_bad_text_refuses_its_call(subject: Subject, behind: Emulator) -> None:
+    """The server's own refusal of a text; without that text the call succeeds."""
+    behind.poison.add(TEXTS[1])
     assert type(await failure(subject)) is InputRefused
     await subject.provider.embed([TEXTS[0], *TEXTS[2:]], subject.space, timeout_s=10)
 
@@ -253,6 +267,20 @@ async def test_the_deadline_is_for_the_whole_call(subject: Subject, emulator: Em
     emulator.inject(fault, calls=1)
     assert type(await failure(subject, timeout_s=0.1)) is CallTimeout
     await subject.provider.embed(TEXTS, subject.space, timeout_s=10)
+
+
+async def test_a_failure_behind_is_worth_another_try(subject: Subject, behind: Emulator) -> None:
+    """A 500 of the vendor is transient, through however many servers; then the next call succeeds."""
+    behind.inject(faults.status(500))
+    assert type(await failure(subject)) is Transient
+    behind.heal()
+    await subject.provider.embed([f"{text} again" for text in TEXTS], subject.space, timeout_s=10)
+
+
+async def test_each_call_is_paid_once(subject: Subject, behind: Emulator) -> None:
+    """Nobody on the way asks twice."""
+    await subject.provider.embed(TEXTS, subject.space, timeout_s=10)
+    assert (behind.bill.requests, behind.bill.items) == (1, len(TEXTS))
 
 
 async def test_where_nobody_listens_nothing_was_counted(subject: Subject, emulator: Emulator) -> None:

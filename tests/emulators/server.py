@@ -78,8 +78,8 @@ class Emulator(ABC):
     """`async with SomeEmulator() as emulator` listens on `emulator.base_url`; it is also a plain ASGI app.
 
     A text's vector is its `identifying_vector` for its model and `full_width`, cut where another width is asked for.
-    `poison` texts are refused in any company. With `constant` every text gets one and the same vector, and tokens are
-    estimated: for load. A call is asked by POST and answered through `honour`.
+    `port` 0 lets the system choose. `poison` texts are refused in any company. With `constant` every text gets one and
+    the same vector, and tokens are estimated: for load. A call is asked by POST and answered through `honour`.
     """
 
     prefix: ClassVar[str] = "/v1"
@@ -102,6 +102,7 @@ class Emulator(ABC):
         self.bill = Bill()
         self.judge = judge or Judge()
         self.base_url = ""
+        self.port = 0
         self.constant = constant
         self._faults: list[tuple[Fault, float]] = []
         self._damages: list[tuple[Damage, float]] = []
@@ -228,7 +229,7 @@ class Emulator(ABC):
         )  # fmt: skip
         config.load()
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: HttpToolsProtocol(config, self._server_state, {}), "127.0.0.1", 0
+            lambda: HttpToolsProtocol(config, self._server_state, {}), "127.0.0.1", self.port
         )
         self.base_url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}{self.prefix}"
         return self
