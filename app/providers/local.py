@@ -240,6 +240,7 @@ def _session(
         except Exception as error:  # the library's own errors share no better base
             raise ConfigurationError(f"{model} is not an ONNX model that can be run.") from error
         if found.provider in session.get_providers():  # else it fell back by itself
+            session.disable_fallback()
             return session, found
     raise ConfigurationError(f'device = "{device}" cannot be used here: {DEVICES[device].remedy}.')
 
