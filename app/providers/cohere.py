@@ -43,6 +43,7 @@ class Cohere(Dialect):
     max_batch_tokens = 128_000
     counts_texts = True
     cuts = True
+    own_words = True
     models: ClassVar[Mapping[str, ModelCard]] = {
         "embed-v5.0-pro": _card(2048, 128_000, 120_000, sizes=_V5_SIZES),
         "embed-v5.0-fast": _card(2048, 128_000, 80_000, sizes=_V5_SIZES),

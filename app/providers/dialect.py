@@ -59,7 +59,8 @@ class Dialect(ABC):
     `base_url` "": the operator has to say it. `max_batch_*` and `judged_spans_s` are how it is called unless the
     operator says otherwise. `counts_texts`: every text of a call counts as a request. `takes_token_ids`: ids of
     cl100k_base are understood as they are. `cuts`: it cuts long texts at the end when it is asked to. `cuts_silently`:
-    it may do so unasked, without a word. `limit_headers` name requests and tokens per minute in an answer.
+    it may do so unasked, without a word. `own_words`: input types have a field of their own, nothing stands in front
+    of the text. `limit_headers` name requests and tokens per minute in an answer.
     """
 
     name: ClassVar[str]
@@ -73,6 +74,7 @@ class Dialect(ABC):
     takes_token_ids: ClassVar[bool] = False
     cuts: ClassVar[bool] = False
     cuts_silently: ClassVar[bool] = False
+    own_words: ClassVar[bool] = False
     limit_headers: ClassVar[tuple[str, str]] = ("x-ratelimit-limit-requests", "x-ratelimit-limit-tokens")
 
     def __init__(self, target: Target) -> None:

@@ -35,6 +35,7 @@ class Jina(Dialect):
     name = "jina"
     base_url = "https://api.jina.ai/v1"
     cuts = True
+    own_words = True
     models: ClassVar[Mapping[str, ModelCard]] = {
         "jina-embeddings-v5-text-small": _card(32_768, 32, 64, 128, 256, 512, 1024),
         "jina-embeddings-v5-text-nano": _card(8192, 32, 64, 128, 256, 512, 768),

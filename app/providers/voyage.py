@@ -46,6 +46,7 @@ class Voyage(Dialect):
     max_batch_items = 128
     max_batch_tokens = 120_000  # what every model takes; some take more
     cuts = True
+    own_words = True
     models: ClassVar[Mapping[str, ModelCard]] = {
         "voyage-4-large": _card(120_000, 3_000_000, batch_price=80_000),
         "voyage-4": _card(60_000, 8_000_000, batch_price=40_000),

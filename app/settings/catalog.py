@@ -12,7 +12,7 @@ CATALOG: Mapping[tuple[str, str], ModelCard] = MappingProxyType(
     {(name, model): card for name, dialect in DIALECTS.items() for model, card in dialect.models.items()}
 )
 
-_UNIT_VECTORS: Final = {"always": "vendor", "full width": "vendor at full width, else embedgate", "never": "embedgate"}
+_UNIT_VECTORS: Final = {"always": "vendor", "full width": "vendor if uncut", "never": "embedgate"}
 
 
 def catalog_rows() -> list[Row]:
@@ -31,10 +31,12 @@ def _row(dialect: str, model: str, card: ModelCard) -> Row:
         "sizes": f"{min(sizes)}-{max(sizes)}" if isinstance(sizes, range) and sizes else list(sizes),
         "matryoshka": card.matryoshka,
         "max_input_tokens": card.max_input_tokens,
+        "tokenizer": card.tokenizer,
         "usd_per_million": usd_per_million(terms.price),
         "batch_usd_per_million": usd_per_million(terms.batch_price),
         "items_per_call": card.max_batch_items or wire.max_batch_items,
         "unit_vectors_by": _UNIT_VECTORS[card.normalised],
+        "tiers": list(terms.tiers),
         "shutdown": terms.shutdown and terms.shutdown.isoformat(),
     }
 

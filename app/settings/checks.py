@@ -164,6 +164,12 @@ def _remote_model(
     cut = facts.counts_exactly or all(each.wire.cuts for each in served)
     if model.long_input == "truncate" and not cut:
         yield (*path, "long_input"), f"'{facts.upstream}' is not cut by its vendor, and here only exactly: {_TOKENIZER}"
+    for kind in ("query_prompt", "document_prompt"):
+        if getattr(model, kind) and any(each.card is None and each.wire.own_words for each in served):
+            yield (
+                (*path, kind),
+                f"must be left off: the dialect '{served[0].dialect}' has its own words for input types",
+            )
     if model.input_type is not None and model.input_type not in dict(facts.prompts):
         text = f"'{facts.upstream}' tells no input types apart; set {model.input_type}_prompt to what stands in front"
         yield (*path, "input_type"), text

@@ -331,6 +331,9 @@ class ModelFacts:
         return self.tokenizer != "estimate"
 
 
+_OWN_WORDS: Final[tuple[tuple[InputType, str], ...]] = (("query", ""), ("document", ""))
+
+
 def _sizes(card: ModelCard, most: int | None) -> Sequence[int]:
     """The widths that callers may ask for: the vendor's, but none above what the operator says."""
     if most is None:
@@ -358,7 +361,10 @@ class Settings(_Section):
         card = first.card if isinstance(first, RemoteDeployment) else None
         stated: tuple[tuple[InputType, str | None], ...]
         stated = (("query", model.query_prompt), ("document", model.document_prompt))
-        prompts = dict(card.prompts if card else ()) | {kind: text for kind, text in stated if text is not None}
+        own = (
+            card.prompts if card else _OWN_WORDS if isinstance(first, RemoteDeployment) and first.wire.own_words else ()
+        )
+        prompts = dict(own) | {kind: text for kind, text in stated if text is not None}
         return ModelFacts(
             upstream=first.model,
             dimensions=model.dimensions or (card.dimensions if card else None),

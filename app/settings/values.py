@@ -1,5 +1,6 @@
 """Hides what single values of `embedgate.toml` may be: keys, addresses, numbers in their units, words or numbers."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -16,6 +17,8 @@ from pydantic import (
     WrapValidator,
 )
 
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,63}").fullmatch
+
 
 def _secret(value: object, info: ValidationInfo) -> object:
     """What `env:NAME` and `file:/path` stand for; the errors name the place and never show a value."""
@@ -31,7 +34,8 @@ def _referred(reference: str, environ: Mapping[str, str]) -> str:
     scheme, colon, place = reference.partition(":")
     if colon and scheme == "env":
         if place not in environ:
-            raise ValueError(f"the environment variable {place} is not set")
+            name = place if _VARIABLE(place) else "that it names"  # who writes the key itself there should not read it
+            raise ValueError(f"the environment variable {name} is not set")
         return environ[place]
     if colon and scheme == "file":
         try:

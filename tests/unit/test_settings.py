@@ -367,3 +367,19 @@ def test_settings_cannot_be_changed(write: Any) -> None:
     with pytest.raises(ValueError, match="frozen"):
         settings.server.port = 1
     assert isinstance(settings, Settings)
+
+
+def test_an_unknown_model_of_a_vendor_with_own_words_tells_input_types_apart(write: Any) -> None:
+    """A query is never taken for a document only because a model is newer than the catalog."""
+    text = '[deployments.d]\ndialect = "cohere"\napi_key = "k"\nmodel = "embed-v9"\n'
+    settings = load(write(text + '[models.m]\ndeployments = ["d"]\ndimensions = 8\n'), {})
+    assert dict(settings.facts("m").prompts) == {"query": "", "document": ""}
+
+
+def test_a_key_in_the_place_of_its_name_is_not_shown(write: Any) -> None:
+    """Whoever writes `env:` before the key itself does not find it in the error."""
+    for key in ("sk-proj-abc123", "pa-Xyz", "AIzaSyD-9tSr"):
+        with pytest.raises(ConfigurationError) as refused:
+            load(write(SMALL.replace('model = "bge-small"', f'model = "bge-small"\napi_key = "env:{key}"')), {})
+        assert "api_key: the environment variable that it names is not set" in str(refused.value)
+        assert key not in str(refused.value)

@@ -95,10 +95,12 @@ def test_the_catalog_is_a_row_per_model_for_people_and_for_programs() -> None:
         "sizes": "1-1536",
         "matryoshka": True,
         "max_input_tokens": 8192,
+        "tokenizer": "cl100k_base",
         "usd_per_million": 0.02,
         "batch_usd_per_million": 0.01,
         "items_per_call": 2048,
         "unit_vectors_by": "vendor",
+        "tiers": ["free", "1", "2", "3", "4", "5"],
         "shutdown": None,
     }
     assert [json.loads(line) for line in json_lines(rows).splitlines()].count(small) == 1

@@ -139,6 +139,14 @@ CONTRADICTIONS = [
         "on_outage: 'mini' has an on_outage of its own, and only one step is ever taken",
     ),
     (LOCAL + 'backoff_cap_s = 0.1\n[models.m]\ndeployments = ["local"]', 3, "must be at least backoff_base_s"),
+    (
+        (
+            '[deployments.d]\ndialect = "voyage"\napi_key = "k"\nmodel = "voyage-9"\n'
+            '[models.m]\ndeployments = ["d"]\ndimensions = 8\nquery_prompt = "q: "'
+        ),
+        8,
+        "the dialect 'voyage' has its own words",
+    ),
     (LOCAL + 'breaker_open_cap_s = 0.1\n[models.m]\ndeployments = ["local"]', 3, "must be at least breaker_open_s"),
     (LOCAL + 'pooling = "cls"\n[models.m]\ndeployments = ["local"]', 3, "needs a path"),
     (

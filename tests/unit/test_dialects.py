@@ -1,0 +1,41 @@
+"""A vendor is one small file that says only what that vendor does."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+from app.providers import DIALECTS, SERVERS
+from app.providers.dialect import Dialect
+from tests.contract.adapters import ADAPTERS
+
+WIRES = {**DIALECTS, **SERVERS}
+
+
+def file_of(wire: type[Dialect]) -> Path:
+    """Where it is written."""
+    return Path(inspect.getfile(wire))
+
+
+def test_the_smallest_vendor_needs_no_more_than_120_lines() -> None:
+    """As the README says; and no vendor needs more than twice that."""
+    lines = {name: len(file_of(wire).read_text().splitlines()) for name, wire in WIRES.items()}
+    assert min(lines.values()) <= 120
+    assert max(lines.values()) <= 240
+
+
+@pytest.mark.parametrize("name", sorted(WIRES))
+def test_a_vendor_knows_no_other_vendor(name: str) -> None:
+    """Its file imports what all share, and OpenAI's where it speaks like OpenAI."""
+    tree = ast.parse(file_of(WIRES[name]).read_text())
+    ours = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    shared = {"cards", "dialect", "refusals", "openai"}
+    assert {module.split(".")[2] for module in ours if module.startswith("app.providers.")} <= shared
+
+
+@pytest.mark.parametrize("name", sorted(WIRES))
+def test_every_vendor_has_a_sheet_and_stands_in_the_contract_suite(name: str) -> None:
+    """None is skipped."""
+    assert name in ADAPTERS
+    assert (Path(__file__).parents[1] / "emulators" / "sheets" / f"{name}.txt").is_file()
