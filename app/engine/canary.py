@@ -12,7 +12,7 @@ from app import vectors
 from app.domain import Priority, Space
 from app.engine.dispatcher import granted
 from app.engine.gate import Bell, Gate
-from app.errors import ProviderError
+from app.errors import InputRefused, ProviderError
 from app.ports import Claim, Landmarks, Limiter, Reply, Stated, TokenCounter
 from app.telemetry import Telemetry
 from app.vectors import Matrix
@@ -156,6 +156,8 @@ class Canary:
             vectors.check(reply.vectors, len(watch.probes), watch.space.dimensions, gate.deployment.unit_norm)
         except ProviderError as error:
             told = f"{type(error).__name__}: {error}"
+            if isinstance(error, InputRefused):
+                told += f", of texts of about {watch.tokens} tokens: is max_input_tokens right?"
             return Finding(watch.model, gate.name, watch.space.id, told, self._clock() - started), None
         finding = Finding(
             watch.model, gate.name, watch.space.id,

@@ -29,7 +29,6 @@ class Gemini(Dialect):
     max_batch_items = 100
     counts_texts = True  # reported again and again, though not by Google: too careful at worst
     cuts = True
-    cuts_silently = True
     models: ClassVar[Mapping[str, ModelCard]] = {
         "gemini-embedding-001": ModelCard(
             dimensions=3072, max_input_tokens=2048, sizes=range(128, 3073), matryoshka=True, normalised="full width",

@@ -51,7 +51,6 @@ def cautions(settings: Settings, today: date) -> Iterator[str]:
     for name, deployment in settings.deployments.items():
         yield from _quotas(name, deployment)
     for name, model in settings.models.items():
-        yield from _silent_cuts(settings, name, model)
         yield from _never_degraded(settings, name, model)
 
 
@@ -68,18 +67,6 @@ def _quotas(name: str, deployment: DeploymentSettings) -> Iterator[str]:
     if deployment.is_vendors and tiers and not (limits.requests_per_minute or limits.tokens_per_minute):
         key = dotted(("deployments", name, "tier"))
         yield f"{key}: no limits are set, so only 429s will slow it down; set the account's tier: {', '.join(tiers)}"
-
-
-def _silent_cuts(settings: Settings, name: str, model: ModelSettings) -> Iterator[str]:
-    if settings.facts(name).counts_exactly:
-        return
-    for listed in model.deployments:
-        deployment = settings.deployments[listed]
-        if isinstance(deployment, RemoteDeployment) and deployment.wire.cuts_silently:
-            yield (
-                f"{dotted(('models', name, 'tokenizer'))}: '{listed}' ({deployment.server or deployment.dialect}) cuts "
-                "long texts without a word, which an estimate cannot prevent; set the path of its tokenizer.json"
-            )
 
 
 def _never_degraded(settings: Settings, name: str, model: ModelSettings) -> Iterator[str]:

@@ -175,16 +175,6 @@ def cautioned(path: Path) -> list[str]:
     return list(cautions(load(path, {}), KNOWN_ON))
 
 
-def test_silent_cuts_without_an_exact_tokenizer_are_warned_of(write: Any, tmp_path: Path) -> None:
-    """Nobody here can tell that a text was too long; with the model's tokenizer it is refused before."""
-    silent = SMALL.replace("[models", 'server = "infinity"\n[models')
-    (told,) = cautioned(write(silent))
-    assert told.startswith("models.bge.tokenizer: 'main' (infinity) cuts long texts without a word")
-    (tmp_path / "tokenizer.json").touch()
-    assert cautioned(write(silent + f'tokenizer = "{tmp_path}/tokenizer.json"\n')) == []
-    assert cautioned(write(SMALL)) == []
-
-
 def test_a_vendor_without_limits_is_warned_of_and_so_is_a_lifted_tier(tmp_path: Path) -> None:
     """Quota that nobody stated is found out by 429s; a 0 beside a tier may be a slip."""
     day = KNOWN_ON

@@ -1,5 +1,6 @@
 """Configurations whose values are each fine, and cannot be served together."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,3 +194,13 @@ def test_same_space_does_not_ask_of_a_known_model_what_it_has_not(write: Any) ->
     two = SECOND.replace("bge-small", "text-embedding-ada-002") + SMALL.replace('["main"]', '["main", "other"]')
     (told,) = refusal(write(two + "same_space = true"))
     assert told.endswith("models.bge.dimensions: 'text-embedding-ada-002' has exactly 1536, not 384")
+
+
+def test_a_server_that_cuts_silently_needs_the_models_tokenizer(write: Any, tmp_path: Path) -> None:
+    """Nobody could tell that a text was too long; with it the text is refused before, unless a cut is wanted."""
+    silent = SMALL.replace("[models", 'server = "infinity"\n[models')
+    (told,) = refusal(write(silent))
+    assert "models.bge.tokenizer: 'infinity' cuts long texts without a word" in told
+    (tmp_path / "tokenizer.json").touch()
+    load(write(silent + f'tokenizer = "{tmp_path}/tokenizer.json"\n'), {})
+    load(write(silent + 'long_input = "truncate"\n'), {})
