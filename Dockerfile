@@ -10,14 +10,17 @@ RUN /venv/bin/pip install --no-cache-dir --no-deps --no-build-isolation . \
     && /venv/bin/pip uninstall --yes setuptools pip
 
 FROM python:3.13-slim
-RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin embedgate
+RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin embedgate \
+    && install -d -o 10001 -g 10001 -m 0700 /var/lib/embedgate
 COPY --from=build /venv /venv
 COPY deploy/embedgate.toml /etc/embedgate/embedgate.toml
 ENV PATH=/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     EMBEDGATE_CONFIG=/etc/embedgate/embedgate.toml \
     EMBEDGATE_SERVER__HOST=0.0.0.0 \
-    EMBEDGATE_SERVER__PORT=8080
+    EMBEDGATE_SERVER__PORT=8080 \
+    EMBEDGATE_STORES__DATA_DIR=/var/lib/embedgate
+VOLUME /var/lib/embedgate
 USER 10001:10001
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \

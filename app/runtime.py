@@ -271,6 +271,12 @@ class Runtime:
         bound = QueueBound(settings.queue.max_items, settings.queue.max_tokens)
         return Gateway(intake, parts, bound, bell, clock=time.monotonic, rng=self._rng)
 
+    def _data_dir(self) -> Path:
+        try:
+            return Path(self.settings.stores.data_dir).expanduser()
+        except RuntimeError as error:  # a user without a home
+            raise ConfigurationError("stores.data_dir: has no home directory to lie in, name another one") from error
+
     def _canary(
         self, served: Mapping[str, _Served], gates: Mapping[str, Gate], limiter: Limiter, bell: Bell
     ) -> Canary:  # fmt: skip
@@ -283,7 +289,7 @@ class Runtime:
             texts, tokens = probes(model.counter, space.max_input_tokens, most)
             interval_s, cosine = settings.canary_interval_s, settings.canary_cosine
             watches.append(Watch(name, space, of_model, texts, tokens, interval_s, cosine))
-        landmarks = FileLandmarks(Path(self.settings.stores.data_dir).expanduser() / "landmarks")
+        landmarks = FileLandmarks(self._data_dir() / "landmarks")
         return Canary(watches, landmarks, limiter, bell, self.telemetry, clock=time.monotonic)
 
 

@@ -34,7 +34,7 @@ async def vanish(edge: Edge, number: int, rng: random.Random) -> None:
 
 
 async def test_a_storm_of_leaving_callers_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Queue, slots, table and tasks are back at base in 2 s, no text was sent for nobody, and 200 more all succeed."""
+    """Queue, slots, table, pools and tasks are at base after 2 s, no text was sent for nobody, the next 200 succeed."""
     rng = random.Random(19)
     async with running(tmp_path) as edge:
         edge.upstream.latency_s = 0.02
@@ -55,6 +55,8 @@ async def test_a_storm_of_leaving_callers_leaves_nothing_behind(tmp_path: Path) 
             assert sum(gateway._bound.items) == sum(gateway._bound.tokens) == 0
             assert [len(batcher) for batcher in gateway._batchers.values()] == [0]
             assert all(gate.in_flight == 0 for gate in gateway._parts.gates.values())
+            pools = [endpoint.pool() for endpoint in edge.runtime._endpoints.values()]
+            assert all((pool.busy, pool.waiting) == (0, 0) for pool in pools)
             assert len(asyncio.all_tasks()) <= base
             assert edge.answers(400) == edge.answers(500, "internal_error") == 0
             assert edge.answers(499) > 0

@@ -45,8 +45,8 @@ async def test_retries_are_bounded(tmp_path: Path, part: float, breaker: bool) -
         at_s = [arrival.at_s - started for arrival in emulator.arrivals]
         wave, _ = np.histogram(at_s, np.arange(1, SECONDS - 1, 0.1))
         print(
-            f"\n{part:.0%} fail, {'a' if breaker else 'no'} breaker: {len(at_s)} calls for {len(outcomes)} requests, at "
-            f"most {max(tries.values())} tries a text, busiest 100 ms {wave.max()} of a mean of {wave.mean():.1f}, "
+            f"\n{part:.0%} fail, {'a' if breaker else 'no'} breaker: {len(at_s)} calls for {len(outcomes)} requests, "
+            f"at most {max(tries.values())} tries a text, busiest 100 ms {wave.max()} of a mean of {wave.mean():.1f}, "
             f"{sum(outcome.status == 200 for outcome in outcomes) / len(outcomes):.1%} answered"
         )
         assert len(at_s) <= 1.10 * len(outcomes) + 10

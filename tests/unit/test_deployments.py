@@ -66,6 +66,19 @@ async def test_k_bad_texts_of_256_cost_their_bound_and_nobody_else(k: int, seed:
         assert rig.gates["d0"].breaker.state == "closed"
 
 
+async def test_halves_need_quota_and_cost_no_attempt() -> None:
+    """With three calls a minute a bad text among eight is found in minutes, within the limit, at the first attempt."""
+    provider = ScriptedProvider(poison=frozenset({"bad"}), refusal=REFUSED)
+    deployment = Deployment("", MODEL, Limits(requests_per_minute=3, max_in_flight=4), Attempts(most=1))
+    async with engine(provider, deployment=deployment) as rig:
+        rig.gates["d0"].proven = True
+        texts = [*(f"t{at}" for at in range(7)), "bad"]
+        outcomes = await outcomes_of(*(rig.ask(text, within_s=600) for text in texts))
+        assert [type(outcome) for outcome in outcomes if isinstance(outcome, Exception)] == [RejectedInput]
+        times = [at for at, _ in provider.calls]
+        assert all(later - earlier >= 60 for earlier, later in zip(times[:-3], times[3:], strict=True))
+
+
 async def test_four_bad_texts_one_in_each_quarter_are_not_mistaken_for_a_bad_deployment() -> None:
     """Both halves and all quarters refused look like a deployment that refuses everything; a harmless text decides."""
     provider = ScriptedProvider(poison=frozenset({"t10", "t70", "t130", "t200"}), refusal=REFUSED)
