@@ -114,7 +114,7 @@ class _Deployment(_Section):
     jitter: Jitter = "full"
     cooldown_s: float = Field(default=_ATTEMPTS.cooldown_s, gt=0, le=300)
     cooldown_cap_s: float = Field(default=_ATTEMPTS.cooldown_cap_s, gt=0, le=300)
-    breaker_failures_in_a_row: int = Field(default=_BREAKER.failures_in_a_row, ge=1, le=1000)
+    breaker_failures_in_a_row: int = Field(default=_BREAKER.failures_in_a_row, ge=1, le=1_000_000)
     breaker_failure_ratio: float = Field(default=_BREAKER.failure_ratio, gt=0, le=1)
     breaker_ratio_min_calls: int = Field(default=_BREAKER.ratio_min_calls, ge=1, le=100_000)
     breaker_ratio_window_s: Seconds = _BREAKER.ratio_window_s

@@ -26,7 +26,7 @@ def failing(part: float) -> Fault:
     return answer
 
 
-NEVER_OPEN = "breaker_failures_in_a_row = 1000\nbreaker_ratio_min_calls = 100000\nbreaker_stall_least_s = 60"
+NEVER_OPEN = "breaker_failures_in_a_row = 1000000\nbreaker_ratio_min_calls = 100000\nbreaker_stall_least_s = 60"
 
 
 @pytest.mark.parametrize("breaker", [True, False], ids=["breaker", "no breaker"])
