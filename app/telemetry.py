@@ -324,6 +324,11 @@ class Telemetry:
         """Every deployment of `model` was out, and a caller who allowed it was answered `by` another model."""
         self.degraded.labels(model, by).inc()
 
+    def deployment_doubted(self, *, deployment: str, accepts: bool, tokens: int) -> None:
+        """A deployment refused so much that a harmless text was sent to see whether it `accepts` any."""
+        self.billed_tokens.labels(deployment).inc(tokens)
+        self._event("deployment.doubted", deployment=deployment, accepts=accepts, tokens=tokens)
+
     # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def breaker_changed(self, *, deployment: str, state: str, reason: str) -> None:

@@ -225,9 +225,9 @@ class Dispatcher:
             if not error.counted:
                 used = (0, 0)
             await self._note(gate, permit.passed, error, started)
-            return await self._refused(gate, batch, error) if isinstance(error, InputRefused) else self._after(
-                gate, batch, error
-            )  # fmt: skip
+            if isinstance(error, InputRefused):
+                return await self._refused(gate, batch, error)
+            return self._after(gate, batch, error)
         finally:
             gate.breaker.neutral(permit.passed)  # counts only if nothing else ended the pass
             permit.slot.release()
@@ -285,7 +285,8 @@ class Dispatcher:
         doubt = batch.doubt or Doubt()
         doubt.refused(batch.splits)
         if (doubt.unanimous or not gate.proven) and not doubt.blamed:
-            doubt.blamed = "texts" if await self._accepts_anything(gate) else "deployment"
+            accepts = await self._accepts_anything(gate, self._timeout_s(gate, batch.items))
+            doubt.blamed = "texts" if accepts else "deployment"
         if doubt.blamed == "deployment":
             return self._after(gate, batch, Misconfigured(f"every text is refused: {error}"))
         items, at = batch.items, error.position
@@ -308,21 +309,22 @@ class Dispatcher:
             "Please reduce your prompt."
         )
 
-    async def _accepts_anything(self, gate: Gate) -> bool:
+    async def _accepts_anything(self, gate: Gate, timeout_s: float) -> bool:
         """Whether the deployment embeds a text that nobody could refuse; what goes wrong otherwise proves nothing."""
         grant = await granted(self._limiter, Claim(gate.name, _HARMLESS_TOKENS, _HARMLESS_TOKENS, Priority.DEFAULT))
         billed: int | None = _HARMLESS_TOKENS
+        accepts = True
         try:
-            timeout_s = gate.deployment.timeout_s
             billed = (await gate.provider.embed([_HARMLESS], self._space, timeout_s=timeout_s)).tokens_billed
             gate.proven = True
         except (InputRefused, Misconfigured):
-            return False
+            accepts = False
         except ProviderError:
-            return True
+            pass
         finally:
             await self._limiter.settle(grant, billed)
-        return True
+        self._telemetry.deployment_doubted(deployment=gate.name, accepts=accepts, tokens=billed or 0)
+        return accepts
 
     def _after(self, gate: Gate, batch: Batch, error: ProviderError) -> Returned:
         """What happens to the texts: to the next deployment, again later, or failed."""
