@@ -1,8 +1,10 @@
 """The composition root: what the configuration names is what serves."""
 
+import math
 import time
 from pathlib import Path
 
+import pytest
 from prometheus_client import generate_latest
 
 from app.domain import ANONYMOUS, EmbeddingRequest
@@ -26,6 +28,8 @@ deployments = ["cheap"]
 [models.search]
 deployments = ["dear"]
 """
+BOTH = CONFIGURATION.replace('["dear"]', '["dear", "cheap"]')
+STATED = CONFIGURATION.replace("[models.batch]", "breaker_failures_in_a_row = 3\n[models.batch]")
 
 
 async def test_two_names_for_one_space_keep_to_their_own_deployments(tmp_path: Path) -> None:
@@ -45,3 +49,24 @@ async def test_two_names_for_one_space_keep_to_their_own_deployments(tmp_path: P
             scraped = generate_latest(runtime.telemetry.registry).decode()
             assert "embedgate_cache_bytes 1" in scraped  # two vectors of 6,144 bytes, and their keys
     assert (len(cheap.arrivals), len(dear.arrivals)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "cheap", "dear"),
+    [
+        (CONFIGURATION, (20, math.inf), (20, math.inf)),
+        (BOTH, (5, 0.5), (5, 0.5)),
+        (STATED, (20, math.inf), (3, math.inf)),
+    ],
+    ids=["alone", "together", "stated"],
+)
+async def test_a_lone_deployment_is_left_alone_later(
+    tmp_path: Path, text: str, cheap: tuple[int, float], dear: tuple[int, float]
+) -> None:
+    """Where nobody stands in, half of the answers are better than none; what the file says holds in any case."""
+    path = tmp_path / "embedgate.toml"
+    path.write_text(text.format(cheap="http://127.0.0.1:9/v1", dear="http://127.0.0.1:9/v1"))
+    async with Runtime(load(path, {})) as runtime:
+        policies = {name: gate.deployment.breaker for name, gate in runtime.gateway._parts.gates.items()}
+    for name, expected in (("cheap", cheap), ("dear", dear)):
+        assert (policies[name].failures_in_a_row, policies[name].failure_ratio) == expected

@@ -52,5 +52,6 @@ async def test_retries_are_bounded(tmp_path: Path, part: float, breaker: bool) -
         assert len(at_s) <= 1.10 * len(outcomes) + 10
         assert max(tries.values()) <= 3
         assert breaker or wave.max() <= 3 * wave.mean()
+        assert sum(outcome.status == 200 for outcome in outcomes) >= 0.9 * (1 - part) * len(outcomes)
         assert {outcome.status for outcome in outcomes} <= {200, 502, 503, 504}
         assert all(outcome.right for outcome in outcomes if outcome.status == 200)
