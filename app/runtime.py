@@ -1,7 +1,6 @@
 """The composition root: the one place where settings become nouns and ports meet their implementations."""
 
 import asyncio
-import math
 import random
 import secrets
 import sys
@@ -11,9 +10,9 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Self, assert_never
+from typing import BinaryIO, Self, assert_never
 
-from app.domain import ANONYMOUS, BreakerPolicy, Deployment, Route, Space, Tenant
+from app.domain import ANONYMOUS, Deployment, Route, Space, Tenant
 from app.engine.breaker import CircuitBreaker
 from app.engine.canary import Canary, Finding, Watch, probes
 from app.engine.gate import Bell, Gate
@@ -26,15 +25,12 @@ from app.providers.dialect import Dialect, Target
 from app.providers.http import Endpoint
 from app.providers.local import LocalModel, LocalModelFacts, default_model, read_model
 from app.providers.remote import RemoteProvider
-from app.settings import DeploymentSettings, LocalDeployment, ModelFacts, RemoteDeployment, Settings, retirements
+from app.settings import LocalDeployment, ModelFacts, RemoteDeployment, Settings, retirements
 from app.storage.cache import MemoryCache
 from app.storage.landmarks import FileLandmarks
 from app.storage.limiter import InProcessLimiter
 from app.telemetry import Reading, Telemetry
 from app.tokens import Cl100k, Estimate, HuggingFaceCounter, LearnedRatio
-
-_ALONE: Mapping[str, Any] = {"failures_in_a_row": 20, "failure_ratio": math.inf}
-"""How patient the breaker of a deployment is that nobody stands in for: half of the answers are better than none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +181,7 @@ class Runtime:
             settings.model,
             limits=settings.limits(),
             attempts=settings.retry(),
-            breaker=self._breaker(name, settings),
+            breaker=self.settings.breaker(name),
             timeout_s=settings.timeout_s,
         )
         match settings:
@@ -195,14 +191,6 @@ class Runtime:
                 return replace(deployment, unit_norm=self._models[name].normalised)
             case _:
                 assert_never(settings)
-
-    def _breaker(self, name: str, settings: DeploymentSettings) -> BreakerPolicy:
-        """When the deployment is left alone: much later if nobody else could answer, unless the file says when."""
-        policy, stated = settings.breaker(), settings.model_fields_set
-        if any(model.deployments != (name,) for model in self.settings.models.values() if name in model.deployments):
-            return policy
-        patience = {key: value for key, value in _ALONE.items() if f"breaker_{key}" not in stated}
-        return replace(policy, **patience)
 
     def _gates(self, served: Mapping[str, _Served]) -> dict[str, Gate]:
         """A Gate per deployment that some model uses, shared by all models that do."""

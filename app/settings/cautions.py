@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 
-from app.settings.grammar import DeploymentSettings, ModelSettings, RemoteDeployment, Settings
+from app.settings.deployments import DeploymentSettings, RemoteDeployment
+from app.settings.grammar import ModelSettings, Settings
 from app.settings.places import dotted
 
 _NEAR_DAYS = 90

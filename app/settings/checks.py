@@ -8,15 +8,8 @@ from urllib.parse import urlsplit
 
 from app.providers.cards import ModelCard
 from app.settings.catalog import CATALOG
-from app.settings.grammar import (
-    VOCABULARIES,
-    DeploymentSettings,
-    LocalDeployment,
-    ModelFacts,
-    ModelSettings,
-    RemoteDeployment,
-    Settings,
-)
+from app.settings.deployments import DeploymentSettings, LocalDeployment, RemoteDeployment
+from app.settings.grammar import VOCABULARIES, ModelFacts, ModelSettings, Settings
 from app.settings.places import KeyPath
 from app.settings.wording import guess
 

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from pydantic import BaseModel, SecretStr
 
 from app.providers.cards import KNOWN_ON, ModelCard
 from app.settings.catalog import usd_per_million
-from app.settings.grammar import DeploymentSettings, ModelSettings, RemoteDeployment, Settings
+from app.settings.deployments import DeploymentSettings, RemoteDeployment
+from app.settings.grammar import ModelSettings, Settings
 from app.settings.places import dotted
 
 # Shown as they are served, whether the file, the catalog or nobody yet says them.
@@ -22,15 +24,16 @@ _LIMITS = (
 def describe(settings: Settings) -> str:
     """What is in force, defaults and catalog included, as the `embedgate.toml` that says the same; keys are `***`."""
     blocks = [_table((section,), getattr(settings, section)) for section in ("server", "queue", "cache", "stores")]
-    blocks += [_deployment(name, entry) for name, entry in settings.deployments.items()]
+    blocks += [_deployment(settings, name, entry) for name, entry in settings.deployments.items()]
     blocks += [_model(settings, name, entry) for name, entry in settings.models.items()]
     blocks += [_table(("tenants", name), entry) for name, entry in settings.tenants.items()]
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
-def _deployment(name: str, deployment: DeploymentSettings) -> list[str]:
-    limits = deployment.limits()
+def _deployment(settings: Settings, name: str, deployment: DeploymentSettings) -> list[str]:
+    limits, breaker = deployment.limits(), settings.breaker(name)
     known: dict[str, object] = {field: getattr(limits, field) for field in _LIMITS} | {"headroom": 1.0}
+    known |= {f"breaker_{field.name}": getattr(breaker, field.name) for field in fields(breaker)}
     comments = []
     if deployment.headroom < 1:
         comments.append(f"# headroom: {deployment.headroom:g}, which is taken off the quotas below")

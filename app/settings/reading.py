@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from app.errors import ConfigurationError
 from app.settings.checks import contradictions
-from app.settings.grammar import BUILT_IN_MODEL, FIELDS, NAMED, Settings
+from app.settings.deployments import BUILT_IN_MODEL
+from app.settings.grammar import FIELDS, NAMED, Settings
 from app.settings.later import LATER
 from app.settings.places import KeyPath, Places, key_lines
 from app.settings.wording import NOT_YET, guess, in_words

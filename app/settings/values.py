@@ -8,7 +8,9 @@ from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -16,6 +18,13 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
+
+
+class Section(BaseModel):
+    """A table of the file: frozen, strict, without names that nobody knows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
 
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,63}").fullmatch
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from app.engine.canary import Finding
 from app.ports import Stated
 from app.settings.catalog import usd_per_million
-from app.settings.grammar import RemoteDeployment, Settings
+from app.settings.deployments import RemoteDeployment
+from app.settings.grammar import Settings
 from app.settings.tables import Row
 
 

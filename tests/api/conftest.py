@@ -33,6 +33,7 @@ base_url = "{upstream}"
 api_key = "sk-emulator-key"
 model = "text-embedding-3-small"
 attempts = 1
+breaker_failures_in_a_row = 5
 [deployments.ada]
 dialect = "openai"
 base_url = "{upstream}"

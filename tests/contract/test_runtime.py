@@ -1,6 +1,5 @@
 """The composition root: what the configuration names is what serves."""
 
-import math
 import time
 from pathlib import Path
 
@@ -54,9 +53,9 @@ async def test_two_names_for_one_space_keep_to_their_own_deployments(tmp_path: P
 @pytest.mark.parametrize(
     ("text", "cheap", "dear"),
     [
-        (CONFIGURATION, (20, math.inf), (20, math.inf)),
+        (CONFIGURATION, (20, 1.0), (20, 1.0)),
         (BOTH, (5, 0.5), (5, 0.5)),
-        (STATED, (20, math.inf), (3, math.inf)),
+        (STATED, (20, 1.0), (3, 1.0)),
     ],
     ids=["alone", "together", "stated"],
 )

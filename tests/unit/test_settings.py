@@ -50,7 +50,7 @@ def test_a_full_configuration_becomes_the_nouns_of_the_domain(write: Any) -> Non
     deployment = settings.deployments["main"]
     assert deployment.limits() == Limits(60, 0, 4, window_s=0.02, judged_spans_s=(1.0, 60.0))
     assert deployment.retry() == Attempts(2, 0.5, 4.0)
-    assert deployment.breaker() == BreakerPolicy(open_s=2.0)
+    assert deployment.breaker(alone=False) == BreakerPolicy(open_s=2.0)
     assert settings.tenants["search"].tenant("search") == Tenant(
         "search", 2.0, Priority.INTERACTIVE, frozenset({"bge"})
     )
@@ -60,7 +60,11 @@ def test_a_full_configuration_becomes_the_nouns_of_the_domain(write: Any) -> Non
 def test_defaults_are_those_of_the_domain(write: Any) -> None:
     """A deployment that names no limits has the domain's."""
     deployment = load(write(SMALL), {}).deployments["main"]
-    assert (deployment.limits(), deployment.retry(), deployment.breaker()) == (Limits(), Attempts(), BreakerPolicy())
+    assert (deployment.limits(), deployment.retry(), deployment.breaker(alone=False)) == (
+        Limits(),
+        Attempts(),
+        BreakerPolicy(),
+    )
 
 
 OPENAI = '[deployments.d]\ndialect = "openai"\napi_key = "k"\nmodel = "text-embedding-3-small"\n{0}\n'
@@ -329,10 +333,10 @@ def test_the_description_says_what_is_in_force_and_loads_again(write: Any, text:
     again = load(write(describe(settings)), {})
     for name, deployment in settings.deployments.items():
         same = again.deployments[name]
-        assert (same.limits(), same.retry(), same.breaker()) == (
+        assert (same.limits(), same.retry(), same.breaker(alone=True)) == (
             deployment.limits(),
             deployment.retry(),
-            deployment.breaker(),
+            deployment.breaker(alone=True),
         )
         if isinstance(deployment, RemoteDeployment):
             assert isinstance(same, RemoteDeployment)
