@@ -76,9 +76,12 @@ class Intake:
             raise _too_many(plan.route, total_tokens)
 
     def texts(self, plan: Plan) -> Sequence[Text]:
-        """The texts as the route takes them: token ids are decoded unless every deployment understands them."""
+        """The texts as the route takes them.
+
+        Token ids are decoded unless every deployment understands them and nothing stands in front of them.
+        """
         texts = plan.request.texts
-        if isinstance(texts[0], str) or plan.route.takes_token_ids:
+        if isinstance(texts[0], str) or (plan.route.takes_token_ids and not plan.space.prompt):
             return texts  # a request has texts of one kind
         self.check_total(plan, sum(len(text) for text in texts if not isinstance(text, str)))
         return [text if isinstance(text, str) else self._vocabulary.decode(text) for text in texts]

@@ -2,12 +2,19 @@
 
 import ast
 import inspect
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from app.domain import Space, Text
+from app.errors import Throttled
 from app.providers import DIALECTS, SERVERS
-from app.providers.dialect import Dialect
+from app.providers.cards import ModelCard
+from app.providers.dialect import Ask, Dialect, Target
+from app.providers.refusals import Answer
 from tests.contract.adapters import ADAPTERS
 
 WIRES = {**DIALECTS, **SERVERS}
@@ -39,3 +46,20 @@ def test_every_vendor_has_a_sheet_and_stands_in_the_contract_suite(name: str) ->
     """None is skipped."""
     assert name in ADAPTERS
     assert (Path(__file__).parents[1] / "emulators" / "sheets" / f"{name}.txt").is_file()
+
+
+def test_the_readmes_vendor_is_one() -> None:
+    """The least that a vendor needs, as the README shows it, asks, reads and refuses."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    [example] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "(Dialect)" in block]
+    known: dict[str, Any] = {
+        "Dialect": Dialect, "ModelCard": ModelCard, "Ask": Ask, "Space": Space, "Text": Text, "Sequence": Sequence,
+    }  # fmt: skip
+    exec(example, known)
+    acme = known["Acme"](Target("acme-1", known["Acme"].models["acme-1"]))
+    asked = acme.ask(["one"], Space("acme-1", 1024))
+    assert (asked.path, asked.body) == ("embeddings", {"model": "acme-1", "input": ["one"], "truncate": False})
+    said = acme.read(bytearray(b'{"data": [{"embedding": [0.5], "index": 0}], "usage": {"total_tokens": 1}}'))
+    assert (said.places, said.tokens) == ([0], 1)
+    assert type(acme.refusal(Answer(429, {}, bytearray()))) is Throttled
+    assert acme.headers("key") == {"authorization": "Bearer key"}

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from app.domain import Attempts, Deployment, Limits, Priority, Tenant
+from app.domain import ANONYMOUS, Attempts, Deployment, EmbeddingRequest, Limits, Priority, Tenant
 from app.engine.workqueue import QueueBound
 from app.errors import (
     BadCredential,
@@ -230,6 +230,17 @@ async def test_token_ids_become_text_for_deployments_with_another_vocabulary() -
         as_ids = await rig.ask((1, 2, 3))
         assert as_text.vectors == as_ids.vectors
         assert as_ids.cache_hits == 1
+
+
+async def test_token_ids_become_text_where_a_prompt_stands_in_front() -> None:
+    """Nobody puts a prompt in front of ids, so that a query given as ids is the query given as text."""
+    deployment = Deployment("", MODEL, takes_token_ids=True)
+    async with engine(ScriptedProvider(), deployment=deployment, prompts=(("query", "ask: "),)) as rig:
+        by_ids = await rig.ask((1, 2), input_type="query")
+        assert rig.provider.texts == ["w1 w2"]
+        assert (await rig.ask("w1 w2", input_type="query")).vectors == by_ids.vectors
+        await rig.gateway.embed(EmbeddingRequest(ANONYMOUS, MODEL, ((1, 2),), now() + 10))
+        assert rig.provider.texts[-1] == (1, 2)
 
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────────────
