@@ -74,7 +74,8 @@ class Returned:
 class Dispatcher:
     """Serves one Space from its deployments: in order, or all at once with `spread`.
 
-    A wait for quota that is longer than `spill_s`, or that the first text cannot afford, goes to the next deployment.
+    Whom a wait for quota would keep longer than `spill_s`, or than it can afford, goes to the next deployment; so does,
+    at once, who would have to wait because the provider itself said 429.
     """
 
     def __init__(
@@ -163,9 +164,10 @@ class Dispatcher:
         able, now = self._able(wish.avoid), self._clock()
         if not able:
             return None
-        with_quota = [gate for gate in able if self._without_quota.get(gate.name, now) <= now]
+        open_again = {gate.name: self._without_quota.get(gate.name, now) for gate in able}
+        with_quota = [gate for gate in able if open_again[gate.name] <= now and (gate.has_room or not gate.cooling)]
         if not with_quota:
-            return min(able, key=lambda gate: self._without_quota[gate.name])
+            return min(able, key=lambda gate: open_again[gate.name])
         with_room = [gate for gate in with_quota if gate.has_room] if self._spill_s == 0.0 else []
         if self._spread and with_room:
             return min(with_room, key=self._load)
@@ -178,7 +180,7 @@ class Dispatcher:
     def _spills(self, gate: Gate, wish: Demand, wait_s: float) -> bool:
         """Whether somebody else is asked rather than wait so long for quota here."""
         now = self._clock()
-        if wait_s <= min(self._spill_s, (wish.deadline - now) / 2):
+        if not gate.cooling and wait_s <= min(self._spill_s, (wish.deadline - now) / 2):
             return False
         self._without_quota[gate.name] = now + wait_s
         return self._choose(wish) is not gate

@@ -177,6 +177,20 @@ async def test_calls_that_were_in_flight_together_are_throttled_once() -> None:
         assert now() - started < 3.5
 
 
+async def test_a_throttled_deployment_is_no_reason_to_wait_while_another_could_answer() -> None:
+    """A 429 is a failure, not a full minute of ours: texts go elsewhere at once, and back when it is over."""
+    primary, second = ScriptedProvider(always=Throttled("429", 2.0)), ScriptedProvider()
+    async with engine(primary, second) as rig:
+        for at in range(20):
+            started = now()
+            assert (await rig.ask(f"t{at}")).deployments == ("d1",)
+            assert now() - started < 0.2
+        assert len(primary.calls) <= 2
+        primary.always = None
+        await asyncio.sleep(2.1)
+        assert (await rig.ask("healed")).deployments == ("d0",)
+
+
 # ── back-off ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
