@@ -81,13 +81,12 @@ class RemoteProvider:
 
     def _check_model(self, named: object) -> None:
         names = self._dialect.target.names
-        if not names or named is None or named in names:
+        if not names or named is None:
             return
-        if isinstance(named, str) and any(
-            named.startswith(name) and _DATED.fullmatch(named[len(name) :]) for name in names
+        if not isinstance(named, str) or not any(
+            named == name or (named.startswith(name) and _DATED.fullmatch(named[len(name) :])) for name in names
         ):
-            return
-        raise MalformedReply("a reply that names another model")
+            raise MalformedReply("a reply that names another model")
 
     async def _vectors(self, said: Said, count: int, dimensions: int) -> Matrix:
         places = _places(said, count)

@@ -164,6 +164,8 @@ async def test_floats_make_calls_small_and_base64_makes_them_large(
         (f"{MODEL}-large", False, False),
         ("text-embedding-3-large", False, False),
         (7, False, False),
+        ([], False, False),
+        ({"id": MODEL}, False, False),
         ("/models/bge-m3", True, True),
     ],
 )

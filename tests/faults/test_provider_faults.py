@@ -184,6 +184,8 @@ async def test_a_poisoned_text_refuses_its_batch(provider: RemoteProvider, emula
         ({"retry-after": "inf"}, None),
         ({"retry-after": "garbage"}, None),
         ({"retry-after": "Thu, 99 Foo 2026 00:00:00 GMT"}, None),
+        ({"retry-after": "Mon, 01 Jan 99999999999 00:00:00 GMT"}, None),
+        ({"retry-after": "Mon, 01 Jan 2026 00:00:00 +99999999999999"}, None),
         ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0),
         ({"retry-after": "Fri, 01 Jan 2999 00:00:00 GMT"}, 120),
         ({"x-ratelimit-reset-tokens": "1m0.5s", "x-ratelimit-reset-requests": "100ms"}, 60.5),
