@@ -58,7 +58,7 @@ def packaged_file(distribution: str, path: str, sha256: str) -> Path:
 class Cl100k:
     """OpenAI's `cl100k_base`, as TokenCounter and TokenVocabulary, without network.
 
-    Its ranks are read at first use, or by `load`.
+    Its ranks are read at first use, or by `load`, once for all instances.
     """
 
     exact = True
@@ -80,9 +80,8 @@ class Cl100k:
         "<|endofprompt|>": 100_276,
     }
 
-    def __init__(self) -> None:
-        self._loading = Lock()
-        self._encoding: Encoding | None = None
+    _loading: ClassVar = Lock()
+    _encoding: ClassVar[Encoding | None] = None
 
     def load(self) -> None:
         """Reads the ranks if that was not done yet: a tenth of a second or more, and 50 MB."""
@@ -122,13 +121,13 @@ class Cl100k:
 
     def _loaded(self) -> Encoding:
         with self._loading:
-            if self._encoding is None:
+            if Cl100k._encoding is None:
                 lines = packaged_file(*self._RANKS, self._SHA256).read_bytes().splitlines()
                 ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-                self._encoding = Encoding(
+                Cl100k._encoding = Encoding(
                     "cl100k_base", pat_str=self._PATTERN, mergeable_ranks=ranks, special_tokens=self._SPECIAL
                 )
-            return self._encoding
+            return Cl100k._encoding
 
 
 class HuggingFaceCounter:

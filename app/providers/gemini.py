@@ -14,9 +14,10 @@ from app.errors import BadCredential, InputRefused, MalformedReply, Misconfigure
 from app.providers.cards import ModelCard, Quota
 from app.providers.dialect import Ask, Dialect, Post, Said, prompted
 from app.providers.refusals import Answer, by_status, go_duration_s
+from app.tokens import Cl100k, TooManyTokens, count_many
 
 _TASKS = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}
-_LETTERS = re.compile(r"[^\W\d_]+")
+_VOCABULARY = Cl100k()
 _RETRY = re.compile(r"Please retry in ([0-9.hms]{1,32})")
 _NONE_AT_ALL = re.compile(r"\blimit: 0(?!\d)")
 
@@ -52,15 +53,15 @@ class Gemini(Dialect):
         """See `Dialect`; raises InputRefused for the first text that Google would cut without a word.
 
         There is no other sign of a cut, so Google itself counts each text that could be too long: one exchange each,
-        side by side. Its vocabulary is not public, yet a letter or a blank is hardly ever more than a token for two of
-        its bytes, while digits, signs and emoji may be one for each; shorter texts cost nothing.
+        side by side. Its vocabulary is not public. No token is shorter than a byte; beyond that we count in OpenAI's
+        and take half as much again and each digit for a token, which is more than any vocabulary of that size needs.
         """
         if space.truncation == "end":
             return
         doubtful = [
             (place, text)
             for place, text in enumerate(prompted(texts, space))
-            if isinstance(text, str) and _may_exceed(text, space.max_input_tokens)
+            if isinstance(text, str) and await _may_exceed(text, space.max_input_tokens)
         ]
         try:
             async with asyncio.TaskGroup() as group:
@@ -114,12 +115,12 @@ class Gemini(Dialect):
         return by_status(answer)
 
 
-def _may_exceed(text: str, most_tokens: int) -> bool:
-    size_bytes = len(text.encode())
-    if not most_tokens < size_bytes <= 2 * most_tokens:
-        return size_bytes > most_tokens
-    rest_bytes = len(_LETTERS.sub("", "".join(text.split())).encode())
-    return size_bytes + rest_bytes > 2 * most_tokens
+async def _may_exceed(text: str, most: int) -> bool:
+    if len(text.encode()) <= most:
+        return False
+    await asyncio.sleep(0)  # a batch of such texts takes a while to count
+    counted = await count_many(_VOCABULARY, [text], most_each=most, most_total=most)
+    return isinstance(counted, TooManyTokens) or 1.5 * counted[0] + sum(map(str.isdigit, text)) > most
 
 
 # ── what comes back ─────────────────────────────────────────────────────────────────────────────────────────────────
