@@ -196,7 +196,8 @@ class Route:
     `dimensions`; `sizes` are those that the vendor makes (none: any). `prompts` tells which input types the model
     tells apart, and what stands in front of each (see `Space.prompt`); `default_input_type` is meant by who names none.
     `long_input` is what becomes of long texts unless the caller says; `overlap_tokens` are shared by neighbouring
-    windows of a mean. `vendor_cuts`: every deployment's vendor cuts at the end itself when asked.
+    windows of a mean. `vendor_cuts`: every deployment's vendor cuts at the end itself when asked; `always_cuts`: one
+    does so unasked, and nobody here can tell.
     `spread`: deployments share the load instead of standing in for each other. `spill_s`: a longer wait for quota
     sends a text to the next deployment. `on_outage` names another model, of another Space, for callers who allow it.
     `created` is a Unix time for `/v1/models`.
@@ -212,6 +213,7 @@ class Route:
     long_input: Truncation = "none"
     overlap_tokens: int = 64
     vendor_cuts: bool = False
+    always_cuts: bool = False
     spread: bool = False
     spill_s: float = math.inf
     on_outage: str = ""

@@ -152,6 +152,8 @@ class Runtime:
             default_input_type=facts.default_input_type, long_input=model.truncation,
             overlap_tokens=model.overlap_tokens, spread=model.order == "spread", spill_s=model.spill_s,
             vendor_cuts=all(isinstance(each, RemoteDeployment) and each.wire.cuts for each in remote),
+            always_cuts=not facts.counts_exactly
+            and any(isinstance(each, RemoteDeployment) and each.wire.cuts_silently for each in remote),
             on_outage=model.on_outage, created=facts.created, owned_by=facts.owned_by,
         )  # fmt: skip
         return _Served(route, HuggingFaceCounter(local.tokenizer) if local else self._counter(facts.tokenizer))

@@ -55,6 +55,9 @@ class Intake:
             raise UnknownModel(request.model)
         if request.truncation == "end" and not (self._counters[route.model].exact or route.vendor_cuts):
             raise InvalidRequest("This model does not support 'truncate'.", param="truncate", code="invalid_value")
+        if request.truncation == "none" and route.always_cuts:
+            text = "This model cuts long inputs: 'truncate' can only be 'end'."
+            raise InvalidRequest(text, param="truncate", code="invalid_value")
         width = request.dimensions
         if width is not None:
             _check_size(route, width)

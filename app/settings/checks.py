@@ -154,14 +154,14 @@ def _remote_model(
         shown = "".join(c for c in model.tokenizer[:80] if c.isprintable())
         text = f"there is no file '{shown}' that can be read" + (guess(shown, VOCABULARIES) or f"; {known}")
         yield (*path, "tokenizer"), text
-    if not facts.counts_exactly and model.long_input != "truncate":
-        for each in served:
-            if each.wire.cuts_silently:
-                text = (
-                    f"'{each.server or each.dialect}' cuts long texts without a word, and an estimate cannot prevent "
-                )
-                text += 'it; set the path of its tokenizer.json, or long_input = "truncate" if that is what you want'
-                yield (*path, "tokenizer"), text
+    silent = [each.server or each.dialect for each in served if each.wire.cuts_silently]
+    if silent and model.long_input != "truncate":
+        if not facts.counts_exactly:
+            text = f"'{silent[0]}' cuts long texts without a word, and an estimate cannot prevent it; "
+            text += 'set the path of its tokenizer.json, or long_input = "truncate" if that is what you want'
+            yield (*path, "tokenizer"), text
+        elif model.max_input_tokens is None:
+            yield (*path, "max_input_tokens"), f"is required, since '{silent[0]}' cuts longer texts without a word"
     cut = facts.counts_exactly or all(each.wire.cuts for each in served)
     if model.long_input == "truncate" and not cut:
         yield (*path, "long_input"), f"'{facts.upstream}' is not cut by its vendor, and here only exactly: {_TOKENIZER}"

@@ -98,6 +98,15 @@ async def test_the_operator_may_let_long_texts_be_cut() -> None:
 
 
 @pytest.mark.looptime
+async def test_what_cannot_be_kept_whole_is_not_promised() -> None:
+    """Where a server cuts and nobody can tell, a caller who forbids it is refused."""
+    async with engine(ScriptedProvider(), long_input="end", always_cuts=True) as rig:
+        await embed(rig, "short")
+        with pytest.raises(InvalidRequest, match="can only be 'end'"):
+            await embed(rig, "short", truncation="none")
+
+
+@pytest.mark.looptime
 async def test_a_refused_window_is_its_texts_refusal() -> None:
     """The caller is told the place of the whole text in the input."""
     provider = ScriptedProvider(poison=frozenset({" w20 w21 w22"}), refusal=InputRefused("400"))

@@ -106,7 +106,7 @@ CONTRADICTIONS = [
         'there is no file \'/nowhere/at all.json\' that can be read; it may be "cl100k_base", "estimate" or the path',
     ),
     (SMALL + 'tokenizer = "."', 9, "there is no file '.' that can be read"),
-    (SMALL + 'tokenizer = "\\u0000"', 9, "there is no file '' that can be read"),
+    (SMALL + 'tokenizer = "\\u0007"', 9, "there is no file '' that can be read"),
     (SMALL + 'long_input = "mean"', 9, "'mean' cuts windows in the model's own vocabulary: set tokenizer"),
     (
         SMALL.replace('"openai"', '"mistral"') + 'long_input = "truncate"',
@@ -202,5 +202,8 @@ def test_a_server_that_cuts_silently_needs_the_models_tokenizer(write: Any, tmp_
     (told,) = refusal(write(silent))
     assert "models.bge.tokenizer: 'infinity' cuts long texts without a word" in told
     (tmp_path / "tokenizer.json").touch()
-    load(write(silent + f'tokenizer = "{tmp_path}/tokenizer.json"\n'), {})
+    exact = silent + f'tokenizer = "{tmp_path}/tokenizer.json"\n'
+    (told,) = refusal(write(exact))
+    assert "models.bge.max_input_tokens: is required, since 'infinity' cuts longer texts" in told
+    load(write(exact + "max_input_tokens = 512\n"), {})
     load(write(silent + 'long_input = "truncate"\n'), {})
