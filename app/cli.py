@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import io
 import json
 import os
 import sys
@@ -94,6 +95,9 @@ With --json, a line with "deployments" is served, a line with "dialect" is of th
 
 def main() -> None:
     """The console command; what the operator must mend is told in a line each, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may hold what the terminal cannot show
     try:
         command(prog_name="embedgate")
     except ConfigurationError as error:

@@ -15,6 +15,7 @@ from app.providers.dialect import Dialect
 from app.settings.values import (
     ApiVersion,
     BaseUrl,
+    FilePath,
     Jitter,
     Name,
     OptionalName,
@@ -186,7 +187,7 @@ class LocalDeployment(_Deployment):
 
     dialect: Literal["local"]
     device: Literal["auto", "cpu", "cuda", "coreml"] = "auto"
-    path: str = ""
+    path: FilePath = ""
     pooling: Literal["", "mean", "cls", "max", "last", "mean_sqrt_len"] = ""
     breaker_stall_least_s: Seconds = 30.0  # long texts after short ones are slow, not dead
 

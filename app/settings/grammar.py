@@ -13,7 +13,18 @@ from pydantic.fields import FieldInfo
 from app.domain import BreakerPolicy, InputType, Priority, Tenant, Truncation
 from app.providers.cards import ModelCard
 from app.settings.deployments import DeploymentSettings, LocalDeployment, RemoteDeployment
-from app.settings.values import Host, Name, Names, OptionalName, OptionalSecret, Seconds, Secrets, Section, Spill
+from app.settings.values import (
+    FilePath,
+    Host,
+    Name,
+    Names,
+    OptionalName,
+    OptionalSecret,
+    Seconds,
+    Secrets,
+    Section,
+    Spill,
+)
 
 VOCABULARIES: Final = ("cl100k_base", "estimate")
 """What a model may name as its `tokenizer` that is no file."""
@@ -28,7 +39,7 @@ class ServerSettings(Section):
     port: int = Field(default=8080, ge=0, le=65535)
     deadline_s: Seconds = 30.0
     log_sample: float = Field(default=1.0, ge=0, le=1)
-    log_file: str = ""
+    log_file: FilePath = ""
     admin_key: OptionalSecret = None
 
     @property
@@ -57,7 +68,7 @@ class CacheSettings(Section):
 class StoresSettings(Section):
     """`[stores]`; `data_dir` keeps what must outlive the process."""
 
-    data_dir: str = Field(default="~/.local/share/embedgate", min_length=1)
+    data_dir: FilePath = Field(default="~/.local/share/embedgate", min_length=1)
 
 
 class ModelSettings(Section):
@@ -66,7 +77,7 @@ class ModelSettings(Section):
     deployments: Names
     dimensions: int | None = Field(default=None, ge=1, le=65536)
     max_input_tokens: int | None = Field(default=None, ge=1, le=10_000_000)
-    tokenizer: str | None = None
+    tokenizer: FilePath | None = None
     cuts_dimensions: bool | None = None
     token_ids: Literal["cl100k_base"] = "cl100k_base"  # noqa: S105
     query_prompt: str | None = None

@@ -5,7 +5,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -130,16 +130,20 @@ def _variable(path: KeyPath) -> str:
 def _parsed(text: str, path: KeyPath) -> object:
     """Text as it is where text may stand, else the number, truth value or list that it spells."""
     field = FIELDS.get(path[0], {}).get(path[-1])
-    if field is not None and not _spelt(field.annotation):
+    spelt = field is None or _holds(field.annotation, int, float, bool)
+    listed = field is not None and _holds(field.annotation, tuple) and text.lstrip().startswith("[")
+    if not (spelt or listed):
         return text
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
-def _spelt(annotation: object) -> bool:
-    return annotation in (int, float, bool) or any(map(_spelt, get_args(annotation)))
+def _holds(annotation: object, *kinds: type) -> bool:
+    if annotation in kinds or get_origin(annotation) in kinds:
+        return True
+    return any(_holds(part, *kinds) for part in get_args(annotation))
 
 
 def _put(tables: _Tables, places: Places, path: KeyPath, value: object, origin: str) -> None:

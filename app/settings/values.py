@@ -54,6 +54,16 @@ def _referred(reference: str, environ: Mapping[str, str]) -> str:
     return reference
 
 
+def _place(path: str) -> str:
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError("begins with a home directory that there is not") from None
+    if "\0" in path:
+        raise ValueError("must be a path, without a NUL")
+    return path
+
+
 def _base_url(url: str) -> str:
     try:
         parts = urlsplit(url)
@@ -62,7 +72,7 @@ def _base_url(url: str) -> str:
         sound = False
     if not sound or not (url.isascii() and url.isprintable()) or " " in url:
         raise ValueError("must be a URL such as https://api.openai.com/v1")
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+    if parts.username is not None or parts.password is not None or "?" in url or "#" in url:
         raise ValueError("must hold no credentials, query or fragment; a key belongs into api_key")
     if parts.path.rstrip("/").endswith("/embeddings"):
         raise ValueError("must end before /embeddings, which is added to it")
@@ -95,6 +105,9 @@ def _refused_as(text: str) -> WrapValidator:
 
 _Listed = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 _OneOrMore = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+
+FilePath: TypeAlias = Annotated[str, AfterValidator(_place)]
+"""Of a file or folder; `~` is a home directory, "" none."""
 
 Secret: TypeAlias = Annotated[SecretStr, BeforeValidator(_secret)]
 OptionalSecret: TypeAlias = Annotated[Secret | None, BeforeValidator(lambda value: None if value == "" else value)]

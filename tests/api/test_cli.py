@@ -52,6 +52,17 @@ def test_help_teaches_with_examples(tmp_path: Path) -> None:
     assert "embedgate models --json | jq" in embedgate("models", "--help", folder=tmp_path).stdout
 
 
+def test_a_terminal_without_unicode_shows_what_it_can(tmp_path: Path) -> None:
+    """A prompt in another script is printed as TOML may spell it."""
+    prompt = "\N{CJK UNIFIED IDEOGRAPH-554F}: "
+    text = '[deployments.main]\ndialect = "openai"\nbase_url = "http://127.0.0.1:9/v1"\nmodel = "bge"\n'
+    text += f'[models.bge]\ndeployments = ["main"]\ndimensions = 384\nquery_prompt = "{prompt}"\n'
+    (tmp_path / "embedgate.toml").write_text(text, "utf-8")
+    shown = embedgate("check", folder=tmp_path, PYTHONIOENCODING="latin-1")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert 'query_prompt = "\\u554f: "' in shown.stdout
+
+
 def test_version_is_one_line(tmp_path: Path) -> None:
     """`--version` needs no command."""
     shown = embedgate("--version", folder=tmp_path)

@@ -18,6 +18,9 @@ from tests.unit.configurations import SMALL
 # ── what is understood ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+LOCAL_PATH = '[deployments.l]\ndialect = "local"\npath = "{}"\n[models.m]\ndeployments = ["l"]\n'
+
+
 def test_without_configuration_the_local_model_is_served_to_this_machine() -> None:
     """No file at all is one local deployment, one model, loopback and no keys."""
     settings = load(None, {})
@@ -387,3 +390,29 @@ def test_a_key_in_the_place_of_its_name_is_not_shown(write: Any) -> None:
             load(write(SMALL.replace('model = "bge-small"', f'model = "bge-small"\napi_key = "env:{key}"')), {})
         assert "api_key: the environment variable that it names is not set" in str(refused.value)
         assert key not in str(refused.value)
+
+
+def test_lists_can_be_overridden_by_the_environment(write: Any) -> None:
+    """As JSON, which TOML's lists of texts are; a list nested too deeply is a text like any other."""
+    path = write(SMALL + '[tenants.t]\napi_key = "k"\n')
+    settings = load(
+        path,
+        {
+            "EMBEDGATE_MODELS__BGE__DEPLOYMENTS": '["main"]',
+            "EMBEDGATE_TENANTS__T__MODELS": '["bge"]',
+            "EMBEDGATE_TENANTS__T__API_KEY": '["one", "two"]',
+        },
+    )
+    assert settings.models["bge"].deployments == ("main",)
+    assert settings.tenants["t"].models == ("bge",)
+    assert [key.get_secret_value() for key in settings.tenants["t"].api_key] == ["one", "two"]
+    with pytest.raises(ConfigurationError, match="must be a list"):
+        load(path, {"EMBEDGATE_MODELS__BGE__DEPLOYMENTS": "[" * 20_000})
+
+
+@pytest.mark.parametrize("path", ["~no-such-user/x", "a\\u0000b"])
+@pytest.mark.parametrize("section", ['[server]\nlog_file = "{}"\n', '[stores]\ndata_dir = "{}"\n', LOCAL_PATH])
+def test_a_path_that_is_none_is_refused(write: Any, section: str, path: str) -> None:
+    """A home that there is not, or a NUL, is told with its line instead of a traceback."""
+    with pytest.raises(ConfigurationError, match=r"embedgate\.toml:\d+: "):
+        load(write(section.format(path) + ("" if section is LOCAL_PATH else SMALL)), {})
