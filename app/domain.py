@@ -30,13 +30,47 @@ class Priority(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What one deployment takes, or one tenant may use; 0 is unlimited.
+
+    `window_s` is the longest that a text waits for company while other calls of the deployment are in flight.
+    `judged_spans_s` are the spans over which the vendor checks its per-minute quotas. `counts_texts`: each text of a
+    call is a request to it. `target_latency_s` above 0: batches are kept so small, though not below
+    `min_batch_tokens`, that nine calls of ten take no longer.
+    """
+
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    max_in_flight: int = 8
+    max_batch_items: int = 2048
+    max_batch_tokens: int = 300_000
+    max_batch_bytes: int = 8_000_000
+    window_s: float = 0.005
+    judged_spans_s: tuple[float, ...] = (60.0,)
+    counts_texts: bool = False
+    min_batch_tokens: int = 1000
+    target_latency_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Tenant:
-    """One paying team. `weight` is its share among tenants of one priority; `models` holds `*` or allowed names."""
+    """One paying team. `weight` is its share among tenants of one priority; `models` holds `*` or allowed names.
+
+    Tenants of one `cache_group` share what was ever embedded for one of them; "" is the group of all who name none.
+    `limits` are for what its requests buy; what is in the cache costs nothing.
+    """
 
     name: str
     weight: float = 1.0
     priority: Priority = Priority.DEFAULT
     models: frozenset[str] = frozenset({"*"})
+    cache_group: str = ""
+    limits: Limits | None = None
+
+    @property
+    def account(self) -> str:
+        """Its name where quotas are kept; no deployment's has a blank."""
+        return f"tenant {self.name}"
 
     def may_use(self, model: str) -> bool:
         """Whether this tenant may call `model`."""
@@ -115,29 +149,6 @@ class Space:
             data = value.encode()
             digest.update(len(data).to_bytes(4, "little") + data)
         return f"s1-{digest.hexdigest()}"
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one deployment takes; 0 per minute means unlimited.
-
-    `window_s` is the longest that a text waits for company while other calls of the deployment are in flight.
-    `judged_spans_s` are the spans over which the vendor checks its per-minute quotas. `counts_texts`: each text of a
-    call is a request to it. `target_latency_s` above 0: batches are kept so small, though not below
-    `min_batch_tokens`, that nine calls of ten take no longer.
-    """
-
-    requests_per_minute: int = 0
-    tokens_per_minute: int = 0
-    max_in_flight: int = 8
-    max_batch_items: int = 2048
-    max_batch_tokens: int = 300_000
-    max_batch_bytes: int = 8_000_000
-    window_s: float = 0.005
-    judged_spans_s: tuple[float, ...] = (60.0,)
-    counts_texts: bool = False
-    min_batch_tokens: int = 1000
-    target_latency_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ Whoever implements a port passes the contract suite of that port in `tests/contr
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -44,10 +45,16 @@ class TokenVocabulary(Protocol):
 class Cache(Protocol):
     """Keeps vectors by key. It may forget anything at any time; it never returns what was not put under that key."""
 
-    async def get_many(self, keys: Sequence[bytes]) -> list[Vector | None]:
+    def base(self, space: Space) -> bytes:
+        """What every key of `space` has to be made with now; another one once its vectors have been invalidated."""
+
+    async def get_many(self, space: Space, keys: Sequence[bytes]) -> list[Vector | None]:
         """One answer per key, in order. A level that fails is a miss, never an error."""
 
-    def put_many(self, entries: Iterable[tuple[bytes, Vector]]) -> None:
+    def recall(self, keys: Sequence[bytes]) -> list[Vector | None]:
+        """What this process itself has of them, without waiting."""
+
+    def put_many(self, space: Space, entries: Iterable[tuple[bytes, Vector]]) -> None:
         """Keeps `entries`, without waiting; what does not fit is dropped."""
 
 
@@ -55,44 +62,67 @@ class Cache(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Stated:
+    """The quotas that a provider says the account has, per minute, and what is left of them; None: it does not say."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    requests_left: int | None = None
+    tokens_left: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """A wish to make one call of between `tokens_min` and `tokens_max` tokens, in the vendor's own counting.
 
-    Where the vendor counts each text as a request, the call is of between `requests` and `requests_max` of them.
+    `account` is whose quota it is: a deployment's, or a tenant's. Where the vendor counts each text as a request, the
+    call is of between `requests` and `requests_max` of them. `paced`: more waits than the quota can carry soon, so it
+    must not take at once what others may need. Of claims that wait, the lower `rank` goes first within its priority.
+    Without `waits` a no is final: nothing is booked ahead and no place is kept.
     """
 
-    deployment: str
+    account: str
     tokens_min: int
     tokens_max: int
     priority: Priority
     requests: int = 1
     requests_max: int = 1
+    paced: bool = False
+    rank: float = 0.0
+    waits: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
     """The yes to a Claim, all dimensions or nothing: what may be sent, from `start_in_s` on."""
 
-    id: int
-    deployment: str
+    id: str
+    account: str
     tokens: int
     requests: int = 1
     start_in_s: float = 0.0
 
 
+Scarce: TypeAlias = Literal["tokens", "requests", "slots"]
+
+
 @dataclass(frozen=True, slots=True)
 class NotYet:
-    """The honest no: the same claim may be granted after `wait_s` (more than can be booked ahead)."""
+    """The honest no: the same claim may be granted after `wait_s`; `scarce` is what there is too little of.
+
+    For slots nobody can know when a call ends: then it is a short while after which it is worth asking again.
+    """
 
     wait_s: float
+    scarce: Scarce = "tokens"
 
 
 class Limiter(Protocol):
-    """Fills a deployment's quota and never breaks it.
+    """Fills the quota of an account and never breaks it.
 
-    In every span that the vendor judges, the requests and tokens granted stay within the limit. Unknown deployments
-    and dimensions without a limit are always granted. A claim for more than a whole limit is granted when the span is
-    empty, since it can never fit better.
+    In every span that the vendor judges, the requests and tokens granted stay within the limit, and so do the calls
+    that are not settled. Unknown accounts and dimensions without a limit are always granted. A claim for more than a
+    whole limit is granted when the span is empty, since it can never fit better.
     """
 
     async def reserve(self, claim: Claim) -> Grant | NotYet:
@@ -101,14 +131,45 @@ class Limiter(Protocol):
         Books ahead by at most 0.25 s, in order of asking.
         """
 
-    async def settle(self, grant: Grant, tokens_used: int | None, *, requests_used: int = 1) -> None:
+    async def settle(
+        self, grant: Grant, tokens_used: int | None, *, requests_used: int = 1, stated: Stated | None = None
+    ) -> None:
         """Ends a grant, once: gives back what was not used, charges what was used beyond it.
 
-        `None`: what was used is unknown, so all of it counts. A second settlement of one grant changes nothing.
+        `None`: what was used is unknown, so all of it counts. A second settlement of one grant changes nothing. What
+        the provider stated with its answer may lower what is granted next, never raise it.
         """
 
-    async def throttled(self, deployment: str, retry_after_s: float | None) -> None:
+    async def throttled(self, account: str, retry_after_s: float | None) -> None:
         """The provider said 429: nobody is granted anything until then, and the rate goes down for a while."""
+
+
+# ── shares ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Served(msgspec.Struct):
+    """What one replica served in one queue since it last told: tokens by tenant, each divided by its weight.
+
+    `level` is how much the tenant has been served that goes first there, or would; `waiting`: there is one.
+    """
+
+    tokens: dict[str, float]
+    level: float = 0.0
+    waiting: bool = False
+
+
+class Shares(Protocol):
+    """Tells replicas whom the others served, so that a tenant's share is one, wherever its requests arrive."""
+
+    @property
+    def replicas(self) -> int:
+        """How many there were lately."""
+
+    async def exchange(self, own: dict[str, Served]) -> Sequence[dict[str, Served]] | None:
+        """Tells what this replica served, by queue, and hears what others told since the last call.
+
+        None: nobody was told, and nothing heard.
+        """
 
 
 # ── landmarks ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -131,14 +192,6 @@ class Landmarks(Protocol):
 
 
 # ── provider ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class Stated:
-    """The quotas that a provider says the account has, per minute; None: it does not say."""
-
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

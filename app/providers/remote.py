@@ -109,11 +109,10 @@ class RemoteProvider:
         return card.normalised == "never" or width != card.dimensions
 
     def _stated(self, headers: Mapping[str, str]) -> Stated:
-        requests, tokens = (headers.get(name, "") for name in self._dialect.limit_headers)
-        return Stated(
-            int(requests) if requests.isdecimal() and len(requests) < 16 else None,
-            int(tokens) if tokens.isdecimal() and len(tokens) < 16 else None,
-        )
+        limits = self._dialect.limit_headers
+        names = (*limits, *(name.replace("-limit-", "-remaining-") for name in limits))
+        said = (headers.get(name, "") for name in names)
+        return Stated(*(int(value) if value.isdecimal() and len(value) < 16 else None for value in said))
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -153,7 +153,7 @@ async def test_only_what_is_needed_is_asked(provider: RemoteProvider, emulator: 
     assert arrival.body == {"model": EMBED, "input": TEXTS, "encoding_format": "base64"}
     assert arrival.headers["authorization"] == f"Bearer {emulator.api_key}"
     assert reply.tokens_billed == 4
-    assert reply.stated == Stated(100_000, 100_000_000)
+    assert reply.stated == Stated(100_000, 100_000_000, 99_999, 99_999_996)
 
 
 @pytest.mark.parametrize("width", [1, 256, 3072])

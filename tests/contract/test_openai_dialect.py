@@ -225,7 +225,7 @@ async def test_the_accounts_limits_are_told() -> None:
         provider = remote(OpenAI, emulator.base_url, emulator.api_key, MODEL)
         reply = await provider.embed(TEXTS, SPACE, timeout_s=10)
         await provider.aclose()
-    assert reply.stated == Stated(3000, 1_000_000)
+    assert reply.stated == Stated(3000, 1_000_000, 2999, 999_996)
 
 
 _json = st.recursive(

@@ -1,0 +1,163 @@
+"""Hides how a Redis or Valkey server is called so that it can never hold anybody up: briefly, once, or not at all."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from hashlib import sha1
+from importlib import resources
+from typing import Any, Self, TypeVar, cast
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError
+
+_T = TypeVar("_T")
+
+_FAILURES = 3  # in a row, then nobody is kept waiting any more
+_PROBE_S = 0.5
+_CONNECTIONS = 16
+_CLUSTER = "redis+cluster://", "rediss+cluster://"
+
+
+class StoreDown(Exception):
+    """The server cannot be asked now, or did not answer in time; without its address."""
+
+
+class Script:
+    """A Lua file of `app/storage`, run where the keys are."""
+
+    def __init__(self, name: str) -> None:
+        self.text = resources.files(__package__).joinpath(f"{name}.lua").read_text("utf-8")
+        self.sha1 = sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+
+class RedisServer:
+    """One server or cluster; an async context manager that owns its connections and whatever is under way on them.
+
+    A call takes at most `timeout_s` and is never made twice, for nobody can tell whether it was carried out. After
+    three failures in a row the server counts as down: all that waits for it fails at once, as does whatever comes,
+    until a probe is answered. Callers that are cancelled stop waiting; what they sent is read to its end.
+
+    `url` is what redis-py takes, or `redis+cluster://`; `on_change` hears `up` and why.
+    """
+
+    def __init__(
+        self, url: str, *, timeout_s: float = 0.1, on_change: Callable[[bool, str], None] | None = None
+    ) -> None:  # fmt: skip
+        self._client = _client(url, timeout_s)
+        self._timeout_s = timeout_s
+        self._on_change = on_change
+        self._failures = 0
+        self._tasks = asyncio.TaskGroup()
+        self._pending: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
+        self.up = True
+        """Whether it is worth asking."""
+        self.up_since = -float("inf")
+        """When it came back, on the monotonic clock."""
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.up = False
+        self._abandon()
+        if self._watching is not None:
+            self._watching.cancel()
+        await self._tasks.__aexit__(None, None, None)
+        with suppress(RedisError, OSError):
+            await self._client.aclose()
+
+    async def call(self, use: Callable[[Redis], Awaitable[_T]]) -> _T:
+        """What `use` gets from the client. Raises StoreDown."""
+        if not self.up:
+            raise StoreDown("down")
+        answer: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        task = self._tasks.create_task(self._use(use, answer))
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
+        return await answer
+
+    async def run(self, script: Script, keys: Sequence[str], arguments: Sequence[bytes | str | int]) -> Any:
+        """What `script` returns. Raises StoreDown. A server that does not know the script is sent it, at once."""
+
+        async def use(client: Redis) -> Any:
+            try:
+                return await client.evalsha(script.sha1, len(keys), *keys, *arguments)
+            except NoScriptError:
+                return await client.eval(script.text, len(keys), *keys, *arguments)
+
+        return await self.call(use)
+
+    async def _use(self, use: Callable[[Redis], Awaitable[_T]], answer: asyncio.Future[_T]) -> None:
+        """Never raises: what it is in belongs to everybody."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                result = await use(self._client)
+        except asyncio.CancelledError:
+            _fail(answer, "abandoned")
+            raise
+        except (RedisError, OSError, TimeoutError) as error:
+            _fail(answer, type(error).__name__)
+            await self._failed(error)
+        except Exception as bug:
+            if not answer.done():
+                answer.set_exception(bug)
+        else:
+            self._failures = 0
+            if not answer.done():
+                answer.set_result(result)
+
+    async def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        if isinstance(error, ReadOnlyError) and isinstance(self._client, Redis):
+            await self._client.connection_pool.disconnect(inuse_connections=False)  # the name may lead elsewhere now
+        if self.up and self._failures >= _FAILURES:
+            self._turn(up=False, reason=type(error).__name__)
+            self._abandon()
+            self._watching = self._tasks.create_task(self._watch())
+
+    def _abandon(self) -> None:
+        current = asyncio.current_task()
+        for task in [*self._pending]:
+            if task is not current:
+                task.cancel()
+
+    async def _watch(self) -> None:
+        """Asks a server that is down now and then."""
+        while not self.up:
+            await asyncio.sleep(_PROBE_S)
+            with suppress(RedisError, OSError, TimeoutError):
+                async with asyncio.timeout(self._timeout_s):
+                    await self._client.ping()
+                self._failures = 0
+                self.up_since = time.monotonic()
+                self._turn(up=True, reason="answered")
+
+    def _turn(self, *, up: bool, reason: str) -> None:
+        self.up = up
+        if self._on_change is not None:
+            self._on_change(up, reason)
+
+
+def _client(url: str, timeout_s: float) -> Redis:
+    options: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+        "max_connections": _CONNECTIONS,
+    }
+    if url.startswith(_CLUSTER):
+        cluster = RedisCluster.from_url(url.replace("+cluster", "", 1), **options)
+        return cast("Redis", cluster)
+    pool = BlockingConnectionPool.from_url(url, retry_on_error=[], timeout=timeout_s, **options)
+    return Redis.from_pool(pool)
+
+
+def _fail(answer: asyncio.Future[Any], reason: str) -> None:
+    if not answer.done():
+        answer.set_exception(StoreDown(reason))
