@@ -34,8 +34,8 @@ from app.engine.intake import Intake
 from app.engine.workqueue import QueueBound
 from app.errors import ProviderError
 from app.ports import Cache, Limiter, Reply
-from app.storage.cache import MemoryCache
 from app.storage.limiter import InProcessLimiter
+from app.storage.memory import MemoryCache
 from app.telemetry import Telemetry
 from tests.identity import identifying_vector, identifying_vectors
 

@@ -118,42 +118,52 @@ class Batcher:
                 await asyncio.sleep(0.01)
 
     async def _serve_one(self) -> None:
-        while not self.queue.holds(1, 1):
+        while not self.queue.holds(1, 1) and not len(self.queue):
             await self._bell.wait(None)
-        slot = await self.dispatcher.slot(self.queue.demand)
+        slot = await self.dispatcher.slot(self.queue.demands)
         if slot is None:
             return
         try:
             reason = await self._gather(slot)
-            permit = await self.dispatcher.permit(slot, self.queue.demand)
-            batch = self._take(permit, reason) if permit is not None else None
+            permit = await self.dispatcher.permit(slot, self.queue.renewed)
         except BaseException:
             slot.release()
             raise
-        if permit is None or batch is None:
+        if permit is None:
             slot.release()
-        elif batch.items:
-            self._tasks.create_task(self._fly(permit, batch))
         else:
-            await self.dispatcher.give_back(permit)
+            await self._use(permit, reason)
 
     async def _gather(self, slot: Slot) -> str:
         """Waits for company while other calls of the deployment are in flight, and says why no longer.
 
-        An idle deployment never waits, nor do texts that have failed elsewhere.
+        An idle deployment never waits, nor do texts that came back: they travel alone.
         """
-        demand, gate = self.queue.demand(), slot.gate
-        if demand is None or demand.avoid:
+        if slot.wish.back is not None:
             return "retry"
-        until = demand.queued_at + gate.deployment.limits.window_s
+        gate = slot.gate
+        until = slot.wish.head.queued_at + gate.deployment.limits.window_s
         while gate.in_flight > 1 and not self.queue.holds(gate.most_items, gate.most_tokens):
             if (left_s := until - self._clock()) < LEAST_WAIT_S:
                 return "window"
             await self._bell.wait(left_s)
         return "idle"
 
+    async def _use(self, permit: Permit, reason: str) -> None:
+        """Lets a batch fly; a permit that turns out to be of no use is given back."""
+        try:
+            batch = self._take(permit, reason)
+        except BaseException:
+            await self.dispatcher.give_back(permit)
+            raise
+        if batch.items:
+            self._tasks.create_task(self._fly(permit, batch))
+            return
+        await self.dispatcher.give_back(permit)
+        await asyncio.sleep(LEAST_WAIT_S)  # whoever comes first by now needs more: never ask twice at one moment
+
     def _take(self, permit: Permit, reason: str) -> Batch:
-        batch = self.queue.take(permit.fit, permit.slot.gate.name)
+        batch = self.queue.take(permit.fit, permit.wish)
         if batch.reason == "drained":  # everything came along, so it left for another reason
             batch = replace(batch, reason=reason)
         for item in batch.items:
@@ -167,7 +177,7 @@ class Batcher:
             if isinstance(outcome, Landed):
                 self._land(batch, outcome)
             else:
-                await self._retry(outcome)
+                self._retry(outcome)
         except Exception as bug:  # as in run
             self._fail((item for item in batch.items if item.flying), InternalError())
             permit.slot.gate.breaker.neutral(permit.passed)
@@ -191,18 +201,16 @@ class Batcher:
         """Keeps the vectors first, then answers everybody: whoever asks in between finds one or the other."""
         size = len(batch.items)
         kept = [Vector(row, tokens) for row, tokens in zip(landed.rows, landed.tokens, strict=True)]
-        self._cache.put_many((item.key, vector) for item, vector in zip(batch.items, kept, strict=True))
+        self._cache.put_many(self._space, zip((item.key for item in batch.items), kept, strict=True))
         for item, vector in zip(batch.items, kept, strict=True):
             self._remove(item)
             if not item.future.done():
                 wait_s = item.left_at - item.queued_at
                 item.future.set_result(Answer(vector.data, vector.tokens, landed.deployment, size, wait_s))
 
-    async def _retry(self, returned: Returned) -> None:
+    def _retry(self, returned: Returned) -> None:
         if returned.error is not None:
             self._fail(returned.failed, returned.error)
-        if returned.delay_s:
-            await asyncio.sleep(returned.delay_s)
         for group in returned.groups:
             wanted = tuple(item for item in group.items if item.waiters)
             for item in group.items:

@@ -18,11 +18,12 @@ _JITTER = 0.1
 _STALL_TIMES_P99 = 4.0
 _REMEMBERED_DURATIONS = 128
 _REMEMBERED_OUTCOMES = 1024
+_NO_GENERATION = -1
 
 
 @dataclass(slots=True, eq=False)
 class Pass:
-    """The right to make one call; goes back to its breaker through exactly one of three ways.
+    """The right to make one call; goes back to its breaker through exactly one of four ways.
 
     `generation` is the breaker's at the start: what happened before the last change of state proves nothing now.
     """
@@ -34,7 +35,7 @@ class Pass:
 
 
 class CircuitBreaker:
-    """One deployment's health: `admit` before a call, then `succeeded`, `failed` or `neutral` after it.
+    """One deployment's health: `admit` before a call, then `succeeded`, `failed`, `cut` or `neutral` after it.
 
     Opens on failures in a row, on a failure ratio, or when calls get no answer at all; then one probe at a time asks
     whether the deployment is back. A probe is a lease: one that never answers only holds its place for that long.
@@ -63,6 +64,8 @@ class CircuitBreaker:
         self._failed_outcomes = 0
         self._durations_s: deque[float] = deque(maxlen=_REMEMBERED_DURATIONS)
         self._unanswered: dict[Pass, None] = {}  # open passes begun since the last success, oldest first
+        self._silence_s = 0.0  # how long calls that were cut short had waited since the last success
+        self._silent_until_s = 0.0
 
     @property
     def state(self) -> State:
@@ -92,6 +95,10 @@ class CircuitBreaker:
         self._enter("half_open", self._reason, self._policy.probe_lease_s)
         return Pass(self._generation, probe=True, started_s=now)
 
+    def unjudged(self) -> Pass:
+        """A pass whose end changes nothing, for a call that is made although the deployment is left alone."""
+        return Pass(_NO_GENERATION, probe=False, started_s=self._clock())
+
     def succeeded(self, ended: Pass) -> None:
         """The call brought a valid reply: a probe closes the breaker."""
         if not ended.ended:  # how long answers take is true whatever the state was
@@ -99,6 +106,7 @@ class CircuitBreaker:
         if not self._end(ended):
             return
         self._unanswered.clear()
+        self._silence_s = 0.0
         if ended.probe:
             self._openings = 0
             self._enter("closed", "", 0.0)
@@ -120,6 +128,27 @@ class CircuitBreaker:
             self._open("failures")
         elif calls >= self._policy.ratio_min_calls and self._failed_outcomes >= self._policy.failure_ratio * calls:
             self._open("ratio")
+
+    def cut(self, ended: Pass, whole_s: float) -> None:
+        """The call had less time than answers may take, so its silence proves nothing; except that silences add up.
+
+        When calls were silent for `whole_s`, as long as a whole one may take, and nothing succeeded, that is a stall.
+        A probe has failed: the deployment was left alone for better reasons.
+        """
+        if ended.probe:
+            self.failed(ended)
+            return
+        if not self._end(ended):
+            return
+        now = self._clock()
+        self._silence_s += now - max(ended.started_s, self._silent_until_s)
+        self._silent_until_s = now
+        if self._silence_s >= whole_s:
+            self._open("stall")
+
+    def patience_s(self) -> float:
+        """How long a call should be waited for before its silence says something: 99 of 100 answers took no longer."""
+        return self._p99_s() if self._durations_s else self._policy.probe_lease_s
 
     def neutral(self, ended: Pass) -> None:
         """The call says nothing about health (cancelled, a 429, a caller's own 4xx); a probe's place is free again."""
@@ -149,8 +178,11 @@ class CircuitBreaker:
         """How old an unanswered call may become; before any answer is known, as old as a probe."""
         if not self._durations_s:
             return max(self._policy.stall_least_s, self._policy.probe_lease_s)
+        return max(self._policy.stall_least_s, _STALL_TIMES_P99 * self._p99_s())
+
+    def _p99_s(self) -> float:
         ordered = sorted(self._durations_s)
-        return max(self._policy.stall_least_s, _STALL_TIMES_P99 * ordered[(len(ordered) * 99 - 1) // 100])
+        return ordered[(len(ordered) * 99 - 1) // 100]
 
     def _end(self, ended: Pass) -> bool:
         """Takes a pass back; whether its result may be judged."""
@@ -184,6 +216,7 @@ class CircuitBreaker:
         self._failed_outcomes = 0
         self._outcomes.clear()
         self._unanswered.clear()
+        self._silence_s = 0.0
         self._on_change(state, reason)
 
 

@@ -8,12 +8,12 @@ from typing import Self
 
 import numpy as np
 
-from app import vectors
 from app.domain import Priority, Space
-from app.engine.dispatcher import granted
+from app.engine.calls import Calls
 from app.engine.gate import Bell, Gate
+from app.engine.roster import ASK_AGAIN_S
 from app.errors import InputRefused, ProviderError
-from app.ports import Claim, Landmarks, Limiter, Reply, Stated, TokenCounter
+from app.ports import Claim, Grant, Landmarks, Limiter, NotYet, Reply, Stated, TokenCounter
 from app.telemetry import Telemetry
 from app.vectors import Matrix
 
@@ -94,7 +94,7 @@ class Canary:
     ) -> None:
         self._watches = watches
         self._landmarks = landmarks
-        self._limiter = limiter
+        self._calls = Calls(limiter, bell, clock=clock)
         self._bell = bell
         self._telemetry = telemetry
         self._clock = clock
@@ -127,8 +127,8 @@ class Canary:
                 if await self._landmarks.claim(watch.place, watch.interval_s):
                     wait_s = watch.interval_s
                     await self._round(watch, [gate for gate in watch.gates if gate.breaker.state == "closed"])
-                    doubts = any((watch.model, gate.name) in self._off and not gate.strange for gate in watch.gates)
-                    if doubts:
+                    off = [self._off.get((watch.model, gate.name), 0) for gate in watch.gates]
+                    if any(0 < times < _STRANGE_IN_A_ROW for times in off):
                         await self._landmarks.release(watch.place)
                         wait_s = min(_LOOK_AGAIN_S, watch.interval_s)
             except Exception as bug:  # supervision is for the errors that nobody thought of
@@ -153,7 +153,6 @@ class Canary:
         started = self._clock()
         try:
             reply = await self._call(watch, gate)
-            vectors.check(reply.vectors, len(watch.probes), watch.space.dimensions, gate.deployment.unit_norm)
         except ProviderError as error:
             told = f"{type(error).__name__}: {error}"
             if isinstance(error, InputRefused):
@@ -171,24 +170,39 @@ class Canary:
 
     async def _call(self, watch: Watch, gate: Gate) -> Reply:
         """A call like any other of the lowest priority: it takes a slot and quota."""
-        while not gate.enter(Priority.BULK, self._clock()):
-            await self._bell.wait(1.0)
         requests = len(watch.probes) if gate.deployment.limits.counts_texts else 1
+        tokens = gate.weigh(watch.tokens)
+        grant = await self._admitted(gate, Claim(gate.name, tokens, tokens, Priority.BULK, requests, requests))
+        used = (tokens, requests)
         try:
-            tokens = gate.weigh(watch.tokens)
-            claim = Claim(gate.name, tokens, tokens, Priority.BULK, requests, requests)
-            grant = await granted(self._limiter, claim)
-            billed: int | None = tokens
-            try:
-                timeout_s = gate.deployment.timeout_s
-                reply = await gate.provider.embed(watch.probes, watch.space, timeout_s=timeout_s)
-                billed = tokens if reply.tokens_billed is None else reply.tokens_billed
-                return reply
-            finally:
-                await self._limiter.settle(grant, billed, requests_used=requests)
+            passed = gate.breaker.admit() or gate.breaker.unjudged()
+            timeout_s = gate.deployment.timeout_s
+            reply = await self._calls.embed(gate, passed, watch.probes, watch.space, timeout_s=timeout_s)
+            used = (tokens if reply.tokens_billed is None else reply.tokens_billed, requests)
+            return reply
+        except ProviderError as error:
+            if not error.counted:
+                used = (0, 0)
+            raise
         finally:
             gate.leave(Priority.BULK)
             self._bell.ring()
+            await self._calls.limiter.settle(grant, used[0], requests_used=used[1])
+
+    async def _admitted(self, gate: Gate, claim: Claim) -> Grant:
+        """Quota and a slot of `gate`, both at once: neither is held while the other is waited for."""
+        while True:
+            if not gate.has_room:
+                await self._bell.wait(ASK_AGAIN_S)
+                continue
+            answer = await self._calls.reserve(claim)
+            if isinstance(answer, NotYet):
+                await asyncio.sleep(min(answer.wait_s, ASK_AGAIN_S))
+                continue
+            if gate.enter(Priority.BULK, self._clock()):
+                return answer
+            await self._calls.limiter.settle(answer, 0, requests_used=0)
+            await self._bell.wait(ASK_AGAIN_S)
 
     def _judge(self, watch: Watch, gate: Gate, finding: Finding) -> None:
         self._telemetry.canary_sang(
@@ -197,17 +211,12 @@ class Canary:
         )  # fmt: skip
         if finding.error:
             return
-        key = (watch.model, gate.name)
-        if finding.cosine is None or finding.cosine >= watch.least_cosine:
-            self._off.pop(key, None)
-            was_strange, gate.strange = gate.strange, False
-            if was_strange:
-                self._telemetry.space_changed(model=watch.model, deployment=gate.name, strange=False)
+        key, near = (watch.model, gate.name), finding.cosine is None or finding.cosine >= watch.least_cosine
+        off = self._off[key] = 0 if near else self._off.get(key, 0) + 1
+        if 0 < off < _STRANGE_IN_A_ROW:
             return
-        self._off[key] = self._off.get(key, 0) + 1
-        if self._off[key] >= _STRANGE_IN_A_ROW and not gate.strange:
-            gate.strange = True
-            self._telemetry.space_changed(model=watch.model, deployment=gate.name, strange=True)
+        if gate.judge(watch.space, watch.model, strange=not near):
+            self._telemetry.space_changed(model=watch.model, deployment=gate.name, strange=not near)
 
 
 def _nearness(found: Matrix, accepted: Matrix) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from app.domain import EmbeddingRequest, Priority
 from app.engine.workitem import WorkItem
+from app.ports import Served
 
 
 class _TenantFlow:
@@ -45,6 +46,9 @@ class Lane:
         self._idle_tags: dict[str, float] = {}
         self._floor = 0.0
         self._ties = itertools.count()
+        self._served: dict[str, float] = {}
+        self._elsewhere: float | None = None
+        self._joined = False
         self.weight = 0.0
         self.debt_tokens = 0.0
 
@@ -67,6 +71,64 @@ class Lane:
         """The text that goes next; the lane must not be empty."""
         return self._heap[0][2].head()
 
+    def backlog(self) -> tuple[int, float]:
+        """The waiting tokens of the tenant that goes next, and its part of the weight of all that wait."""
+        flow = self._heap[0][2]
+        return flow.tokens, flow.weight / self.weight
+
+    @property
+    def level(self) -> float:
+        """How much the tenant has been served that goes next, or that would if it came now."""
+        return self._heap[0][0] if self._heap else self._floor
+
+    @property
+    def rank(self) -> float:
+        """How much more that tenant has been served than the one that goes next at another replica."""
+        return 0.0 if self._elsewhere is None else max(0.0, self.level - self._elsewhere)
+
+    def news(self) -> Served | None:
+        """What other replicas should know; None where nothing happens."""
+        return Served(dict(self._served), self.level, bool(self._heap)) if self._served or self._heap else None
+
+    def told(self, news: Served) -> None:
+        """The others know that much."""
+        for name, amount in news.tokens.items():
+            left = self._served[name] - amount
+            if left > 0.0:
+                self._served[name] = left
+            else:
+                del self._served[name]
+
+    def hear(self, news: Sequence[Served]) -> None:
+        """What other replicas served lately counts here too; who comes newly begins where the least served one is."""
+        levels = [each.level for each in news if each.waiting] or [each.level for each in news]
+        if not self._joined and levels:
+            self._joined = True
+            self._shift(min(levels) - self.level)
+        elsewhere = [each.level for each in news if each.waiting]
+        self._elsewhere = min(elsewhere, default=None)
+        for each in news:
+            for name, amount in each.tokens.items():
+                flow = self._flows.get(name)
+                if flow is not None:
+                    flow.tag += amount
+                elif self._heap:
+                    self._idle_tags[name] = max(self._idle_tags.get(name, 0.0), self.level) + amount
+        if self._heap:
+            self._heap = [(flow.tag, tie, flow) for _, tie, flow in self._heap]
+            heapq.heapify(self._heap)
+        elif levels:
+            self._floor = max(self._floor, min(levels))
+
+    def _shift(self, by: float) -> None:
+        """Begins to count where the others are."""
+        if by <= 0.0:
+            return
+        self._floor += by
+        for flow in self._flows.values():
+            flow.tag += by
+        self._idle_tags = {name: tag + by for name, tag in self._idle_tags.items()}
+
     def holds(self, item: WorkItem) -> bool:
         """Whether an entry for `item` here is live: not taken, not forgotten, not moved up since."""
         return item.place == self.priority and not item.returned
@@ -77,7 +139,9 @@ class Lane:
         item = flow.advance()
         self._floor = tag
         if charge:
-            flow.tag = tag + max(item.tokens, 1) / flow.weight
+            amount = max(item.tokens, 1) / flow.weight
+            flow.tag = tag + amount
+            self._served[flow.name] = self._served.get(flow.name, 0.0) + amount
         if flow.requests:
             heapq.heapreplace(self._heap, (flow.tag, tie, flow))
         else:

@@ -3,9 +3,10 @@
 import asyncio
 import math
 
-from app.domain import Deployment, Priority
+from app.domain import Deployment, Priority, Space
 from app.engine.breaker import CircuitBreaker, RetryBudget
 from app.engine.ceiling import BatchCeiling
+from app.engine.workitem import Demand
 from app.ports import Provider
 from app.tokens import LearnedRatio
 
@@ -43,8 +44,8 @@ class Bell:
 class Gate:
     """One deployment's door, shared by all its spaces: slots, breaker, retry budget, batch sizes, how it counts tokens.
 
-    `strange`: its vectors are no longer those of its Space. `proven`: it has accepted a text since it last refused one.
-    `cooling` counts its 429s since anything landed: until then its calls go one by one.
+    `proven`: it has accepted a text since it last refused one. `cooling` counts its 429s since anything landed: until
+    then its calls go one by one.
     """
 
     def __init__(self, deployment: Deployment, provider: Provider, breaker: CircuitBreaker, ratio: LearnedRatio | None):
@@ -53,7 +54,7 @@ class Gate:
         self.breaker = breaker
         self.budget = RetryBudget()
         self.in_flight = 0
-        self.strange = False
+        self._strange: set[tuple[str, str]] = set()  # (model of the Space, name of the watch that says so)
         self.proven = False
         self.cooling = 0
         self._cooling_since = -math.inf
@@ -79,6 +80,18 @@ class Gate:
     def has_room(self) -> bool:
         """Whether a slot is free for anybody."""
         return self.in_flight < (1 if self.cooling else self.deployment.limits.max_in_flight)
+
+    def is_strange(self, space: Space) -> bool:
+        """Whether somebody who watches it says that its vectors are no longer those of `space`."""
+        return any(model == space.model for model, _ in self._strange)
+
+    def judge(self, space: Space, watch: str, *, strange: bool) -> bool:
+        """`watch` says what its vectors are to `space`, in all its variants; whether it said something else before."""
+        judged = (space.model, watch)
+        if strange == (judged in self._strange):
+            return False
+        self._strange ^= {judged}
+        return True
 
     @property
     def most_items(self) -> int:
@@ -130,6 +143,14 @@ class Gate:
         self.in_flight -= 1
         self._bulk_in_flight -= priority == Priority.BULK
 
+    def worth_s(self, tokens: int, items: int) -> float:
+        """How long the quota takes to bring so many tokens, as we count, in calls of as many texts as fit."""
+        limits = self.deployment.limits
+        calls = items if limits.counts_texts else math.ceil(items / self.most_items)
+        by_tokens = 60.0 * self.weigh(tokens) / limits.tokens_per_minute if limits.tokens_per_minute else 0.0
+        by_requests = 60.0 * calls / limits.requests_per_minute if limits.requests_per_minute else 0.0
+        return max(by_tokens, by_requests)
+
     @property
     def counts_exactly(self) -> bool:
         """Whether our count of a text is the vendor's, so that nothing has to be learned from its bills."""
@@ -145,11 +166,11 @@ class Gate:
 
 
 class Slot:
-    """A place at one deployment; must be released, once or more."""
+    """A place at one deployment, taken for `wish`; must be released, once or more."""
 
-    def __init__(self, gate: Gate, priority: Priority, bell: Bell) -> None:
+    def __init__(self, gate: Gate, wish: Demand, bell: Bell) -> None:
         self.gate = gate
-        self._priority = priority
+        self.wish = wish
         self._bell = bell
         self._held = True
 
@@ -157,5 +178,5 @@ class Slot:
         """Gives the place back and wakes who waits for one."""
         if self._held:
             self._held = False
-            self.gate.leave(self._priority)
+            self.gate.leave(self.wish.priority)
             self._bell.ring()

@@ -2,11 +2,9 @@
 
 import asyncio
 import random
-from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import NamedTuple, Self
 
 import msgspec
@@ -15,12 +13,15 @@ from app import vectors
 from app.domain import EmbeddingRequest, EmbeddingResult, Priority, Route, Space, Text, Vector
 from app.engine.batcher import Batcher, CrashLog
 from app.engine.dispatcher import Dispatcher
+from app.engine.door import Door
 from app.engine.gate import LEAST_WAIT_S, Bell, Gate
 from app.engine.intake import Intake, Plan, Sized
+from app.engine.keys import CacheKeys
+from app.engine.sharing import share
 from app.engine.workitem import Answer, WorkItem
 from app.engine.workqueue import QueueBound, WorkQueue
 from app.errors import DeadlineExceeded, EmbedgateError, ProviderUnavailable, RejectedInput, UpstreamFailed
-from app.ports import Cache, Limiter
+from app.ports import Cache, Limiter, Shares
 from app.telemetry import Telemetry
 
 GRACE_S = 5.0
@@ -32,14 +33,21 @@ _LOOK_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """What the engine works with; `secret` keys the cache, `gates` are by deployment name."""
+    """What the engine works with; `gates` are by deployment name.
+
+    `secret` keys the cache; what is kept under `older_secrets` is found, too. `several_tenants` share the quotas;
+    `shares` is how other replicas hear whom this one served.
+    """
 
     cache: Cache
     limiter: Limiter
     gates: Mapping[str, Gate]
     telemetry: Telemetry
     secret: bytes
+    older_secrets: Sequence[bytes] = ()
     bulk_share: float = 0.05
+    several_tenants: bool = False
+    shares: Shares | None = None
 
 
 class Gateway:
@@ -66,7 +74,10 @@ class Gateway:
         self._rng = rng or random.Random()  # noqa: S311 — back-off jitter
         self._crashes = CrashLog(parts.telemetry, clock=self._clock)
         self._batchers: dict[tuple[str, ...], Batcher] = {}
-        self._hashes: dict[str, blake2b] = {}
+        self._keys, *self._older_keys = [
+            CacheKeys(secret, parts.cache) for secret in (parts.secret, *parts.older_secrets)
+        ]
+        self._door = Door(parts.limiter)
         self._tasks = asyncio.TaskGroup()
         self._loops: list[asyncio.Task[None]] = []
         self._watch()
@@ -78,6 +89,9 @@ class Gateway:
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
+        if self._parts.shares is not None:
+            sharing = share(self._parts.shares, self._batchers, self._crashes)
+            self._loops.append(self._tasks.create_task(sharing, name="shares"))
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -103,36 +117,49 @@ class Gateway:
         """
         try:
             return await self._embed(request)
-        except (ProviderUnavailable, UpstreamFailed):
+        except (ProviderUnavailable, UpstreamFailed) as outage:
             instead = self._instead(request)
             if instead is None:
                 raise
-        result = await self._embed(instead)
+            try:
+                result = await self._embed(instead)
+            except EmbedgateError:  # the caller asked for a model that is out, not for what the other would not take
+                raise outage from None
         self._parts.telemetry.answer_degraded(model=request.model, by=instead.model)
         return msgspec.structs.replace(result, model=instead.model)
 
     async def _embed(self, request: EmbeddingRequest) -> EmbeddingResult:
         plan = self._intake.plan(request)
         texts = self._intake.texts(plan)
-        keys = self._keys(plan.space, texts)
-        found = await self._parts.cache.get_many(keys)
+        keys = self._keys.of(plan.space, request.tenant.cache_group, texts)
+        found = await self._parts.cache.get_many(plan.space, keys)
+        if None in found and self._older_keys:
+            found = await self._look_back(plan, keys, texts, found)
         if None in found:
             return await self._buy(plan, keys, texts, found)
         hits = [vector for vector in found if vector is not None]
         self._intake.check_total(plan, sum(vector.tokens for vector in hits))
         return _result(plan, hits, cache_hits=len(hits))
 
+    async def _look_back(
+        self, plan: Plan, keys: Sequence[bytes], texts: Sequence[Text], found: list[Vector | None]
+    ) -> list[Vector | None]:
+        """What is missing may be kept under the keys of before a rotation: then it is kept under today's from now."""
+        cache = self._parts.cache
+        for older in self._older_keys:
+            missing = {key: text for key, text, vector in zip(keys, texts, found, strict=True) if vector is None}
+            names = older.of(plan.space, plan.request.tenant.cache_group, list(missing.values()))
+            kept = dict(zip(missing, await cache.get_many(plan.space, names), strict=True))
+            cache.put_many(plan.space, [(key, vector) for key, vector in kept.items() if vector is not None])
+            found = [vector or kept[key] for key, vector in zip(keys, found, strict=True)]
+        return found
+
     def _instead(self, request: EmbeddingRequest) -> EmbeddingRequest | None:
-        """The same wish to the model that stands in on outage, if caller and operator both want it and it can."""
+        """The same wish to the model that stands in on outage, if caller and operator both want it."""
         route = self.routes[request.model]
         if not (request.allow_degraded and route.on_outage):
             return None
-        instead = msgspec.structs.replace(request, model=route.on_outage, allow_degraded=False)
-        try:
-            self._intake.plan(instead)
-        except EmbedgateError:
-            return None
-        return instead
+        return msgspec.structs.replace(request, model=route.on_outage, allow_degraded=False)
 
     async def _buy(
         self, plan: Plan, keys: Sequence[bytes], texts: Sequence[Text], found: list[Vector | None]
@@ -149,42 +176,56 @@ class Gateway:
         sized, took_long = await self._intake.measure(plan, list(missing.values()), known_tokens)
         measured = dict(zip(missing, sized, strict=True))
         self._intake.check_total(plan, known_tokens + sum(measured[key].tokens for key in keys if key in measured))
-        parts = self._parts_of(plan.space, measured)
-        if took_long or any(each.windows for each in sized):
-            again = await self._parts.cache.get_many([*parts])
+        windows = {
+            key: self._keys.of(plan.space, plan.request.tenant.cache_group, [each.payload for each in sized.windows])
+            for key, sized in measured.items()
+            if sized.windows
+        }
+        parts = _parts_of(measured, windows)
+        if took_long or windows:
+            again = await self._parts.cache.get_many(plan.space, [*parts])
             have |= {key: vector for key, vector in zip(parts, again, strict=True) if vector is not None}
-        batcher = self._batcher(plan.route, plan.space)
-        wanted = {key: part.sized for key, part in parts.items() if key not in have}
-        items, new = self._queue(batcher, plan, wanted)
-        owners = {key: keys.index(parts[key].of) for key in items}
-        answers = await self._arrival(batcher, plan, items, owners)
+        owners = {key: keys.index(part.of) for key, part in parts.items()}
+        answers, new = await self._bring(plan, {key: part.sized for key, part in parts.items()}, owners, have)
         have |= {key: Vector(answer.data, answer.tokens) for key, answer in answers.items()}
-        self._join_windows(plan.space, measured, parts, have)
+        self._join_windows(plan.space, measured, windows, have)
         merged = [have[key] for key in keys]
         bought = len({parts[key].of for key in new})
         return _result(plan, merged, cache_hits=hits, joined=len(keys) - hits - bought, answers=answers.values())
 
-    def _parts_of(self, space: Space, measured: Mapping[bytes, Sized]) -> dict[bytes, "_Part"]:
-        """What has to be bought, by key: each text, or the windows that stand for it."""
-        parts: dict[bytes, _Part] = {}
-        for key, sized in measured.items():
-            windows = sized.windows or (sized,)
-            names = self._keys(space, [each.payload for each in sized.windows]) or [key]
-            for name, window in zip(names, windows, strict=True):
-                parts.setdefault(name, _Part(window, key))
-        return parts
+    async def _bring(
+        self, plan: Plan, parts: Mapping[bytes, Sized], owners: Mapping[bytes, int], have: dict[bytes, Vector]
+    ) -> tuple[dict[bytes, Answer], Collection[bytes]]:
+        """What of `parts` is not in `have`, within what the tenant may buy; and which of it this request bought."""
+        tokens = sum(sized.tokens for key, sized in parts.items() if key not in have)
+        grant = await self._door.enter(plan.request.tenant, tokens)
+        bought: list[WorkItem] | None = None
+        try:
+            late = [key for key in parts if key not in have] if grant is not None else []  # others had a turn
+            recalled = self._parts.cache.recall(late)
+            have |= {key: vector for key, vector in zip(late, recalled, strict=True) if vector is not None}
+            batcher = self._batcher(plan.route, plan.space)
+            items, new = self._queue(batcher, plan, {key: part for key, part in parts.items() if key not in have})
+            bought = [items[key] for key in new]
+            return await self._arrival(batcher, plan, items, owners), new
+        finally:
+            await self._door.leave(grant, bought)
 
     def _join_windows(
-        self, space: Space, measured: Mapping[bytes, Sized], parts: Mapping[bytes, "_Part"], have: dict[bytes, Vector]
+        self,
+        space: Space,
+        measured: Mapping[bytes, Sized],
+        windows: Mapping[bytes, Sequence[bytes]],
+        have: dict[bytes, Vector],
     ) -> None:
         """Puts the mean of its windows where a long text's vector belongs, and keeps it."""
-        for key, sized in measured.items():
-            if sized.windows and key not in have:
-                windows = [have[name] for name in self._keys(space, [each.payload for each in sized.windows])]
-                weights = [each.tokens for each in sized.windows]
-                data = vectors.mean([each.data for each in windows], weights, unit=space.normalised)
-                have[key] = Vector(data, sum(each.tokens for each in windows))
-                self._parts.cache.put_many([(key, have[key])])
+        for key, names in windows.items():
+            if key not in have:
+                found = [have[name] for name in names]
+                weights = [each.tokens for each in measured[key].windows]
+                data = vectors.mean([each.data for each in found], weights, unit=space.normalised)
+                have[key] = Vector(data, sum(each.tokens for each in found))
+                self._parts.cache.put_many(space, [(key, have[key])])
 
     def _queue(
         self, batcher: Batcher, plan: Plan, measured: Mapping[bytes, Sized]
@@ -237,19 +278,6 @@ class Gateway:
         if deadline <= now:
             raise DeadlineExceeded
 
-    def _keys(self, space: Space, texts: Sequence[Text]) -> list[bytes]:
-        """One cache key per text: a keyed hash over the space and the raw text or token ids, never truncated."""
-        base = self._hashes.get(space.id)
-        if base is None:
-            base = self._hashes[space.id] = blake2b(space.id.encode(), key=self._parts.secret, digest_size=32)
-        keys = []
-        for text in texts:
-            digest = base.copy()
-            raw = text.encode() if isinstance(text, str) else array("I", text).tobytes()
-            digest.update((b"t" if isinstance(text, str) else b"i") + len(raw).to_bytes(8, "little") + raw)
-            keys.append(digest.digest())
-        return keys
-
     # ── spaces ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _batcher(self, route: Route, space: Space) -> Batcher:
@@ -268,6 +296,7 @@ class Gateway:
             dispatcher = Dispatcher(
                 space, gates, parts.limiter, bell, telemetry,
                 clock=clock, rng=self._rng, spread=route.spread, spill_s=route.spill_s,
+                several_tenants=parts.several_tenants,
             )  # fmt: skip
             batcher = Batcher(
                 space, queue, dispatcher, parts.cache, bell, self._crashes, telemetry, tasks=self._tasks, clock=clock
@@ -304,6 +333,15 @@ class _Part(NamedTuple):
 
     sized: Sized
     of: bytes
+
+
+def _parts_of(measured: Mapping[bytes, Sized], windows: Mapping[bytes, Sequence[bytes]]) -> dict[bytes, _Part]:
+    """What has to be bought, by key: each text, or the windows that stand for it; `windows` are their keys."""
+    parts: dict[bytes, _Part] = {}
+    for key, sized in measured.items():
+        for name, window in zip(windows.get(key, (key,)), sized.windows or (sized,), strict=True):
+            parts.setdefault(name, _Part(window, key))
+    return parts
 
 
 def _failed(future: asyncio.Future[Answer]) -> bool:

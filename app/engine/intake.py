@@ -121,7 +121,11 @@ class Intake:
         counter, prompt, most = self._counters[plan.route.model], plan.space.prompt, plan.space.max_input_tokens
         most -= counter.count(prompt) if prompt else 0
         [pieces] = await tokens.windows_many(counter, [str(long.payload)], most, plan.route.overlap_tokens)
-        windows = tuple(Sized(piece, counter.count(prompt + piece), len(piece.encode())) for piece in pieces)
+        said, whole = [prompt + piece for piece in pieces], long.tokens
+        counts = await tokens.count_many(counter, said, most_each=whole, most_total=whole * len(said))
+        if isinstance(counts, tokens.TooManyTokens):
+            raise _too_long(most, str(counts))
+        windows = tuple(Sized(p, count, len(p.encode())) for p, count in zip(pieces, counts, strict=True))
         return msgspec.structs.replace(long, tokens=sum(each.tokens for each in windows), windows=windows)
 
     def _measure_ids(self, plan: Plan, texts: Sequence[tuple[int, ...]], known_tokens: int) -> list[Sized]:

@@ -1,6 +1,7 @@
 """One text waiting or in flight, and what it travels with and comes back as: the engine's own nouns."""
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,7 +26,7 @@ class WorkItem:
 
     `tokens` is our count or estimate. `waiters` are the requests that still want it, first come first; an item without
     any is dropped at the door. `place` is the priority under which it waits, None when it does not; `returned` says
-    that it waits in a group that came back, not in a lane; `flying` that a call carries it, or will after a back-off.
+    that it waits in a group that came back, not in a lane; `flying` that a call carries it.
     """
 
     key: bytes
@@ -89,14 +90,26 @@ class Doubt:
 class Group:
     """Texts that came back together after a failed call.
 
-    `avoid` names the deployments that they should not go to again, `splits` says how often the batch was halved that
-    they are left of, and `doubt` is shared with the other pieces of it.
+    `avoid` names the deployments that they should not go to again while there is another; and even when there is none,
+    not before `rest_until`. `splits` says how often the batch was halved that they are left of, and `doubt` is shared
+    with the other pieces of it.
     """
 
     items: tuple[WorkItem, ...]
     avoid: frozenset[str] = frozenset()
+    rest_until: float = 0.0
     splits: int = 0
     doubt: Doubt | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Remainder:
+    """What of a group that came back still waits: `tokens` of `items`, and the `priority` with which it came."""
+
+    group: Group
+    items: deque[WorkItem]
+    tokens: int
+    priority: Priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +129,28 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a batch formed now would look like: its first text, all that waits, and whom it should not go to.
+    """What could go next: the first text, and how much would come along; `tokens` and `items` are at most so many.
 
-    `deadline` is when the first text is of no use any more.
+    `back` is the group that came back and travels alone; None: whatever waits otherwise. Then `own_tokens` are those of
+    the first text's tenant, `share` its part of the weight of all that wait, and `rank` how much more it has been
+    served than whoever goes next at another replica.
     """
 
-    head_tokens: int
+    head: WorkItem
     tokens: int
     items: int
     priority: Priority
-    queued_at: float
-    deadline: float
-    avoid: frozenset[str] = frozenset()
+    back: Remainder | None = None
+    own_tokens: int = 0
+    share: float = 1.0
+    rank: float = 0.0
+
+    @property
+    def avoid(self) -> frozenset[str]:
+        """Whom it should not go to; see `Group`."""
+        return self.back.group.avoid if self.back is not None else frozenset()
+
+    @property
+    def rest_until(self) -> float:
+        """Until when it does not go there at all; see `Group`."""
+        return self.back.group.rest_until if self.back is not None else 0.0

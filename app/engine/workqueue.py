@@ -1,28 +1,22 @@
 """Who goes next: priorities with guaranteed shares, fairness between tenants, turns between requests, and a bound.
 
-Every method is synchronous and leaves the queue consistent. Putting, taking and forgetting a text cost O(log tenants).
+Every method is synchronous and leaves the queue consistent. Putting, taking and forgetting a text cost O(log tenants);
+looking at what could go next costs as much, and a little for each group that came back.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from app.domain import EmbeddingRequest, Priority, Text
 from app.engine.fairness import Lane
-from app.engine.workitem import Batch, Demand, Fit, Group, WorkItem
+from app.engine.workitem import Batch, Demand, Fit, Group, Remainder, WorkItem
 from app.errors import Overloaded
+from app.ports import Served
 from app.telemetry import Telemetry
 
 DEFAULT_SHARE = 0.2
 """What the default priority is served at least while interactive texts keep coming."""
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """A group that came back, and what of it still waits."""
-
-    group: Group
-    items: deque[WorkItem]
 
 
 @dataclass(slots=True)
@@ -96,11 +90,12 @@ class WorkQueue:
         self._lanes_upwards = self._lanes[::-1]
         self._owed_lanes = [lane for lane in self._lanes if lane.priority in self._shares]
         self._picked: Lane | None = None
-        self._returned: deque[_Waiting] = deque()
+        self._returned: list[Remainder] = []
         self._rate = _ServiceRate()
         self._items = 0
-        self._tokens = 0
-        self._items_by_priority = [0] * len(Priority)
+        self._lane_items = 0
+        self._lane_tokens = 0
+        self._lane_items_by_priority = [0] * len(Priority)
         self._tokens_by_priority = [0] * len(Priority)
         self._gone = 0
         self._wanted_items = 1
@@ -110,7 +105,8 @@ class WorkQueue:
         return self._items
 
     def __repr__(self) -> str:
-        return f"<WorkQueue {self._items} texts, {self._tokens} tokens, {len(self._returned)} returned>"
+        tokens = sum(self._tokens_by_priority)
+        return f"<WorkQueue {self._items} texts, {tokens} tokens, {len(self._returned)} returned>"
 
     # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -123,7 +119,7 @@ class WorkQueue:
         now = self._clock()
         wait_s = self._rate.wait_s(self._tokens_before(request, tokens), now)
         if self._bound.refuses(len(items), tokens):
-            raise Overloaded(max(1.0, self._rate.wait_s(self._tokens, now)))
+            raise Overloaded(max(1.0, self._rate.wait_s(sum(self._tokens_by_priority), now)))
         if wait_s and now + wait_s / _DOUBT > request.deadline:
             raise Overloaded(wait_s)
         rises = request.priority < self._highest()
@@ -144,7 +140,9 @@ class WorkQueue:
 
     def put_back(self, group: Group) -> None:
         """Texts whose call failed go to the head and travel by themselves."""
-        self._returned.append(_Waiting(group, deque(group.items)))
+        tokens = sum(item.tokens for item in group.items)
+        priority = min(item.priority for item in group.items)
+        self._returned.append(Remainder(group, deque(group.items), tokens, priority))
         for item in group.items:
             item.returned = True
             self._count_in(item, item.priority)
@@ -166,31 +164,23 @@ class WorkQueue:
     # ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def holds(self, items: int, tokens: int) -> bool:
-        """Whether so many texts or so many tokens wait; if not, `ring` is called as soon as they do."""
+        """Whether so many texts or so many tokens wait to travel together; if not, `ring` is called when they do."""
         self._wanted_items, self._wanted_tokens = items, tokens
         return self._is_enough()
 
-    def demand(self) -> Demand | None:
-        """What the next batch would begin with; None when nothing waits."""
-        for back in self._returned_groups():
-            tokens = sum(item.tokens for item in back.items)
-            head, avoid = back.items[0], back.group.avoid
-            return Demand(
-                head.tokens, tokens, len(back.items), self._highest(), head.queued_at, head.deadline, avoid
-            )  # fmt: skip
-        lane = self._next_lane()
-        if lane is None:
-            return None
-        head = lane.head()
-        return Demand(head.tokens, self._tokens, self._items, self._highest(), head.queued_at, head.deadline)
+    def demands(self) -> list[Demand]:
+        """What could go next, first come first: each group that came back, then what the lanes begin with."""
+        self._returned = [back for back in self._returned if self._head(back) is not None]
+        wishes = [self._demand(back) for back in (*self._returned, None)]
+        return [wish for wish in wishes if wish is not None]
 
-    def take(self, fit: Fit, deployment: str) -> Batch:
-        """The next batch within `fit`; empty when nothing waits or the first text needs more tokens than `fit` has.
+    def renewed(self, wish: Demand) -> Demand | None:
+        """What has become of a demand; None when nothing of it waits any more."""
+        return self._demand(wish.back)
 
-        A group that came back travels alone, and only if it may go to `deployment`.
-        """
-        groups = (back for back in self._returned_groups() if deployment not in back.group.avoid)
-        back = next(groups, None)
+    def take(self, fit: Fit, wish: Demand) -> Batch:
+        """The next batch of `wish` within `fit`; empty when nothing of it waits, or the first text is too long now."""
+        back = wish.back
         total = _Total(fit)
         taken: list[WorkItem] = []
         reason = "drained"
@@ -200,26 +190,41 @@ class WorkQueue:
             self._remove(item, back)
             total.add(item)
             taken.append(item)
-        self._rate.left(total.tokens, self._clock(), backlogged=self._items > 0)
+        self._rate.left(total.tokens, self._clock(), backlogged=self._lane_items > 0)
         known = back.group if back is not None else Group(())
         return Batch(
             tuple(taken), total.tokens, reason or "drained", known.avoid, known.splits, known.doubt
         )  # fmt: skip
 
-    def _highest(self) -> Priority:
-        return next((priority for priority in Priority if self._items_by_priority[priority]), Priority.BULK)
-
-    def _head(self, back: "_Waiting | None") -> WorkItem | None:
+    def _demand(self, back: Remainder | None) -> Demand | None:
+        head = self._head(back)
+        if head is None:
+            return None
         if back is not None:
-            self._skip_gone_of(back)
-            return back.items[0] if back.items else None
-        self._picked = self._next_lane()
-        return self._picked.head() if self._picked is not None else None
+            return Demand(head, back.tokens, len(back.items), back.priority, back)
+        assert self._picked is not None  # noqa: S101 — _head picked it
+        own_tokens, share = self._picked.backlog()
+        return Demand(
+            head, self._lane_tokens, self._lane_items, self._highest(),
+            own_tokens=own_tokens, share=share, rank=self._picked.rank,
+        )  # fmt: skip
 
-    def _remove(self, item: WorkItem, back: "_Waiting | None") -> None:
+    def _highest(self) -> Priority:
+        return next((priority for priority in Priority if self._lane_items_by_priority[priority]), Priority.BULK)
+
+    def _head(self, back: Remainder | None) -> WorkItem | None:
+        """The text that goes next, of those that came back together or of the lanes; the stale are dropped here."""
+        if back is None:
+            self._picked = self._next_lane()
+            return self._picked.head() if self._picked is not None else None
+        while back.items and self._is_gone(back.items[0]):
+            back.tokens -= back.items.popleft().tokens
+        return back.items[0] if back.items else None
+
+    def _remove(self, item: WorkItem, back: Remainder | None) -> None:
         self._count_out(item)
         if back is not None:
-            back.items.popleft()
+            back.tokens -= back.items.popleft().tokens
             return
         assert self._picked is not None  # noqa: S101 — _head picked it
         self._picked.advance(charge=True)
@@ -243,6 +248,23 @@ class WorkQueue:
             best = lane
         return best
 
+    # ── other replicas ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def news(self) -> dict[str, Served]:
+        """What other replicas should know of whom was served here, by priority."""
+        told = ((lane.priority.name, lane.news()) for lane in self._lanes)
+        return {priority: news for priority, news in told if news is not None}
+
+    def told(self, news: Mapping[str, Served]) -> None:
+        """The others know that much."""
+        for priority, served in news.items():
+            self._lanes[Priority[priority]].told(served)
+
+    def hear(self, news: Sequence[Mapping[str, Served]]) -> None:
+        """What each of the other replicas served since it last told."""
+        for lane in self._lanes:
+            lane.hear([each[lane.priority.name] for each in news if lane.priority.name in each])
+
     # ── texts that nobody wants any more ────────────────────────────────────────────────────────────────────────────
 
     def _is_gone(self, item: WorkItem, lane: Lane | None = None) -> bool:
@@ -255,18 +277,6 @@ class WorkQueue:
         self._telemetry.texts_dropped(items=1, reason="expired")
         return True
 
-    def _skip_gone_of(self, back: "_Waiting") -> None:
-        while back.items and self._is_gone(back.items[0]):
-            back.items.popleft()
-
-    def _returned_groups(self) -> "list[_Waiting]":
-        """The groups that came back and still hold something, first come first."""
-        for back in self._returned:
-            self._skip_gone_of(back)
-        while self._returned and not self._returned[0].items:
-            self._returned.popleft()
-        return [back for back in self._returned if back.items]
-
     # ── counting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _tokens_before(self, request: EmbeddingRequest, tokens: int) -> float:
@@ -275,27 +285,28 @@ class WorkQueue:
         return higher + min(lane.tokens_before(request, tokens), self._tokens_by_priority[request.priority] + tokens)
 
     def _is_enough(self) -> bool:
-        return self._items > 0 and (self._items >= self._wanted_items or self._tokens >= self._wanted_tokens)
+        waiting = self._lane_items
+        return waiting > 0 and (waiting >= self._wanted_items or self._lane_tokens >= self._wanted_tokens)
 
     def _count_in(self, item: WorkItem, priority: Priority) -> None:
         item.place = priority
-        self._items += 1
-        self._tokens += item.tokens
-        self._items_by_priority[priority] += 1
-        self._tokens_by_priority[priority] += item.tokens
-        self._bound.items[priority] += 1
-        self._bound.tokens[priority] += item.tokens
+        self._count(item, priority, 1, item.tokens)
 
     def _count_out(self, item: WorkItem) -> None:
         assert item.place is not None, "counted out twice: this is a bug"  # noqa: S101
-        self._bound.items[item.place] -= 1
-        self._bound.tokens[item.place] -= item.tokens
-        self._items_by_priority[item.place] -= 1
-        self._tokens_by_priority[item.place] -= item.tokens
-        self._items -= 1
-        self._tokens -= item.tokens
+        self._count(item, item.place, -1, -item.tokens)
         item.place = None
         item.returned = False
+
+    def _count(self, item: WorkItem, priority: Priority, items: int, tokens: int) -> None:
+        self._items += items
+        self._tokens_by_priority[priority] += tokens
+        self._bound.items[priority] += items
+        self._bound.tokens[priority] += tokens
+        if not item.returned:
+            self._lane_items += items
+            self._lane_tokens += tokens
+            self._lane_items_by_priority[priority] += items
 
 
 class _Total:

@@ -25,6 +25,8 @@ CONFIGURATION = """
 [server]
 log_file = "{folder}/log.jsonl"
 deadline_s = 5
+[stores]
+data_dir = "{folder}"
 [deployments.first]
 dialect = "openai"
 base_url = "{first}"
@@ -159,6 +161,17 @@ async def test_both_out_is_an_outage(tmp_path: Path) -> None:
         service.first.inject(faults.status(500))
         service.other.inject(faults.status(500))
         assert (await service.ask("a", headers=ALLOW)).status_code == 502
+
+
+async def test_what_the_other_model_refuses_is_still_an_outage(tmp_path: Path) -> None:
+    """The caller's request was right for the model that it named: nobody tells it to change it."""
+    async with pair(tmp_path) as service:
+        service.other.poison.add("a")
+        assert (await service.ask("accepted", headers=ALLOW)).status_code == 200
+        service.first.inject(faults.status(500))
+        for text in ("b", "a"):
+            answer = await service.ask(text, headers=ALLOW)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_error")
 
 
 @pytest.mark.parametrize("value", ["yes", "", "TRUE", "2"])

@@ -59,7 +59,7 @@ def _queue() -> tuple[float, float, float]:
     grown_bytes = process.memory_info().rss - before_bytes
     started_s, taken = time.perf_counter(), 0
     while len(queue):
-        taken += len(queue.take(Fit(2048, 300_000, 8_000_000), "bench").items)
+        taken += len(queue.take(Fit(2048, 300_000, 8_000_000), queue.demands()[0]).items)
     take_s = time.perf_counter() - started_s
     loop.close()
     assert taken == _TEXTS

@@ -1,11 +1,13 @@
 """A deployment whose vectors drift is noticed, left out, and welcome again; in virtual time, over the real engine."""
 
 import asyncio
+import math
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,8 +15,8 @@ import pytest
 from app.domain import Deployment, Limits, Space
 from app.engine.canary import Canary, Watch, probes
 from app.engine.gate import Bell
-from app.errors import Transient
-from app.storage.landmarks import FileLandmarks
+from app.errors import BadCredential, ProviderError, QuotaExhausted, Throttled, Transient
+from app.ports import Claim, Grant, NotYet
 from app.storage.limiter import InProcessLimiter
 from app.tokens import Cl100k, Estimate
 from tests.rig import MODEL, Rig, ScriptedProvider, bend, engine
@@ -22,6 +24,7 @@ from tests.rig import MODEL, Rig, ScriptedProvider, bend, engine
 pytestmark = pytest.mark.looptime
 
 HOUR_S = 3600.0
+SPACE = Space(MODEL, 8)
 
 
 def turned(cosine: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -40,6 +43,43 @@ def turned(cosine: float) -> Callable[[np.ndarray], np.ndarray]:
 STRANGE, NEAR = bend(turned(0.9)), bend(turned(0.9995))
 
 
+class Kept:
+    """The landmarks that processes with the same `folder` share."""
+
+    _folders: ClassVar[dict[Path, tuple[dict[str, np.ndarray], dict[str, float]]]] = {}
+
+    def __init__(self, folder: Path) -> None:
+        self._accepted, self._claimed = self._folders.setdefault(folder, ({}, {}))
+
+    async def vectors(self, place: str) -> np.ndarray | None:
+        """See `ports.Landmarks`."""
+        return self._accepted.get(place)
+
+    async def accept(self, place: str, vectors: np.ndarray) -> None:
+        """See `ports.Landmarks`."""
+        self._accepted[place] = vectors
+
+    async def claim(self, place: str, interval_s: float) -> bool:
+        """See `ports.Landmarks`."""
+        now = asyncio.get_running_loop().time()
+        if now < self._claimed.get(place, -math.inf) + interval_s:
+            return False
+        self._claimed[place] = now
+        return True
+
+    async def release(self, place: str) -> None:
+        """See `ports.Landmarks`."""
+        self._claimed.pop(place, None)
+
+
+def canary_of(rig: Rig, watch: Watch, folder: Path) -> Canary:
+    """One that shares limiter and bell with the engine."""
+    gateway, clock = rig.gateway, asyncio.get_running_loop().time
+    return Canary(
+        [watch], Kept(folder), gateway._parts.limiter, gateway._bell, rig.telemetry, clock=clock
+    )  # fmt: skip
+
+
 @asynccontextmanager
 async def watched(
     folder: Path, *providers: ScriptedProvider, deployment: Deployment | None = None
@@ -52,7 +92,7 @@ async def watched(
             MODEL, rig.gateway.routes[MODEL].space, gates, ("one", "два три", "long " * 50), 53, HOUR_S, 0.999
         )
         limiter = InProcessLimiter({gate.name: gate.deployment.limits for gate in gates})
-        yield rig, Canary([watch], FileLandmarks(folder), limiter, Bell(), rig.telemetry, clock=clock)
+        yield rig, Canary([watch], Kept(folder), limiter, Bell(), rig.telemetry, clock=clock)
 
 
 async def test_the_first_vectors_are_accepted_and_the_next_compared(tmp_path: Path) -> None:
@@ -73,12 +113,12 @@ async def test_a_fallback_that_drifts_twice_in_a_row_is_left_out(tmp_path: Path)
         states = []
         for _ in range(2):
             await canary.probe()
-            states.append(rig.gates["d1"].strange)
+            states.append(rig.gates["d1"].is_strange(SPACE))
         assert states == [False, True]
         rig.provider.always = Transient("500")
         rig.providers["d1"].always = None
         await canary.probe()
-        assert not rig.gates["d1"].strange
+        assert not rig.gates["d1"].is_strange(SPACE)
         assert (await rig.ask("a")).deployments == ("d1",)
         rig.telemetry.close()
         assert len(re.findall(rb'"space.strange"', rig.log.getvalue())) == 1
@@ -93,7 +133,7 @@ async def test_one_that_cannot_be_reached_is_unknown_not_strange(tmp_path: Path)
         for _ in range(3):
             _, finding = await canary.probe()
             assert finding.error == "Transient: HTTP 500"
-        assert not rig.gates["d1"].strange
+        assert not rig.gates["d1"].is_strange(SPACE)
 
 
 async def test_another_width_or_no_vectors_at_all_are_an_error(tmp_path: Path) -> None:
@@ -119,7 +159,7 @@ async def test_a_doubt_is_looked_at_again_soon(tmp_path: Path) -> None:
     fallback = ScriptedProvider(always=STRANGE)
     async with watched(tmp_path, ScriptedProvider(), fallback) as (rig, canary), canary:
         await asyncio.sleep(200)
-        assert rig.gates["d1"].strange
+        assert rig.gates["d1"].is_strange(SPACE)
         assert len(fallback.calls) == 2
 
 
@@ -147,19 +187,90 @@ async def test_it_keeps_to_slots_and_quota(tmp_path: Path) -> None:
         assert rig.gates["d0"].in_flight == 0
 
 
-async def test_a_broken_file_of_landmarks_counts_as_none(tmp_path: Path) -> None:
-    """What does not read back is probed and accepted anew, and a folder that cannot be written stops nothing."""
-    landmarks = FileLandmarks(tmp_path / "kept")
-    await landmarks.accept("place", np.ones((3, 8), np.float32))
-    for content in (b"", b"garbage", b"\x93NUMPY"):
-        (tmp_path / "kept" / "place.npy").write_bytes(content)
-        assert await FileLandmarks(tmp_path / "kept").vectors("place") is None
-    (tmp_path / "file").write_text("")
-    unwritable = FileLandmarks(tmp_path / "file" / "kept")
-    await unwritable.accept("place", np.ones((3, 8), np.float32))
-    assert await unwritable.vectors("place") is not None
-    assert await unwritable.claim("place", HOUR_S)
-    assert not await unwritable.claim("place", HOUR_S)
+async def test_a_probe_that_waits_for_quota_holds_no_slot(tmp_path: Path) -> None:
+    """The only slot stays free for callers while the probe's tokens are not there yet."""
+    limits = Limits(max_in_flight=1, tokens_per_minute=100)
+    provider = ScriptedProvider()
+    async with engine(provider, limits=limits) as rig:
+        watch = Watch(MODEL, rig.gateway.routes[MODEL].space, [rig.gates["d0"]], ("a", "b", "c " * 50), 52, HOUR_S, 0.9)
+        canary = canary_of(rig, watch, tmp_path)
+        await rig.ask("w " * 60)
+        probing = asyncio.ensure_future(canary.probe())
+        await asyncio.sleep(1)
+        started = asyncio.get_running_loop().time()
+        await rig.ask("small")
+        assert asyncio.get_running_loop().time() - started == pytest.approx(0.05)
+        [finding] = await probing
+        assert finding.error == ""
+
+
+@pytest.mark.parametrize(
+    ("failure", "state", "cooling"),
+    [
+        (Throttled("429", 3.0), "closed", 1),
+        (BadCredential("401"), "credential", 0),
+        (QuotaExhausted("402"), "quota", 0),
+    ],
+)
+async def test_what_a_probe_meets_holds_for_everybody(
+    tmp_path: Path, failure: ProviderError, state: str, cooling: int
+) -> None:
+    """A 429 pauses the deployment, a refused key or an empty purse takes it out, whoever found it out."""
+    async with engine(ScriptedProvider(always=failure), ScriptedProvider()) as rig:
+        watch = Watch(MODEL, SPACE, [rig.gates["d0"]], ("a", "b", "c"), 3, HOUR_S, 0.999)
+        await canary_of(rig, watch, tmp_path).probe()
+        assert (rig.gates["d0"].breaker.state, rig.gates["d0"].cooling) == (state, cooling)
+        assert (await rig.ask("x")).deployments == ("d1",)
+        assert len(rig.provider.calls) == 1
+
+
+async def test_a_probe_cancelled_before_its_start_gives_its_quota_back(tmp_path: Path) -> None:
+    """Booked ahead, then cancelled: nothing was used, nothing is held."""
+    limits = Limits(max_in_flight=1, tokens_per_minute=100)
+    settled: list[tuple[object, ...]] = []
+
+    class Later(InProcessLimiter):
+        """Grants what may begin a fifth of a second later."""
+
+        async def reserve(self, claim: Claim) -> Grant | NotYet:
+            """Books ahead."""
+            answer = await super().reserve(claim)
+            assert isinstance(answer, Grant)
+            return replace(answer, start_in_s=0.2)
+
+        async def settle(self, grant: Grant, tokens_used: int | None, **more: Any) -> None:
+            """Remembers."""
+            settled.append((tokens_used, more["requests_used"]))
+
+    async with engine(ScriptedProvider(), limits=limits, limiter=Later({"d0": limits})) as rig:
+        watch = Watch(MODEL, SPACE, [rig.gates["d0"]], ("a", "b", "c"), 3, HOUR_S, 0.999)
+        probing = asyncio.ensure_future(canary_of(rig, watch, tmp_path).probe())
+        await asyncio.sleep(0.1)
+        probing.cancel()
+        await asyncio.wait([probing])
+        assert settled == [(0, 0)]
+        assert (rig.gates["d0"].in_flight, rig.provider.calls) == (0, [])
+
+
+async def test_a_good_round_of_one_model_does_not_clear_another(tmp_path: Path) -> None:
+    """Two models of one deployment are judged apart, and a strange one stays out until it is well itself."""
+    strange = ScriptedProvider()
+    async with engine(strange, ScriptedProvider()) as rig:
+        gates = [rig.gates["d0"]]
+        one = Watch(MODEL, SPACE, gates, ("a", "b", "c"), 3, HOUR_S, 0.999)
+        other = Watch("other name", SPACE, gates, ("d", "e", "f"), 3, HOUR_S, 0.999)
+        await canary_of(rig, one, tmp_path).probe()
+        strange.always = STRANGE
+        canary = canary_of(rig, one, tmp_path)
+        await canary.probe()
+        await canary.probe()
+        await canary_of(rig, other, tmp_path).probe()
+        assert rig.gates["d0"].is_strange(SPACE)
+        assert not rig.gates["d0"].is_strange(Space("model-b", 8))
+        assert (await rig.ask("x")).deployments == ("d1",)
+        strange.always = None
+        await canary.probe()
+        assert not rig.gates["d0"].is_strange(SPACE)
 
 
 def test_the_probes_are_short_foreign_and_nearly_too_long() -> None:

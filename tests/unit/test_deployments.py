@@ -13,9 +13,11 @@ import pytest
 
 from app.domain import Attempts, Deployment, Limits, Space, Text
 from app.errors import (
+    BadCredential,
     EmbedgateError,
     InputRefused,
     InvalidRequest,
+    ProviderError,
     ProviderUnavailable,
     RejectedInput,
     Throttled,
@@ -136,6 +138,51 @@ async def test_a_provider_that_names_a_text_outside_the_batch_is_not_believed() 
     async with engine(provider, limits=Limits(max_in_flight=1)) as rig:
         outcomes = await ask_together(rig, ["a", "b", "bad", "c"])
         assert [isinstance(outcome, RejectedInput) for outcome in outcomes] == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [Throttled("429", 20.0), Transient("500"), BadCredential("401"), 1000.0],
+    ids=["429", "500", "401", "hang"],
+)
+async def test_a_harmless_text_that_fails_itself_blames_nobody(failure: ProviderError | float) -> None:
+    """The deployment refused all, but whether it would refuse anything was not found out: others answer the texts."""
+    first, second = ScriptedProvider(always=REFUSED), ScriptedProvider()
+    async with engine(first, second, limits=Limits(max_in_flight=1)) as rig:
+        first.script.extend([REFUSED, failure])
+        started = now()
+        outcomes = await outcomes_of(rig.ask("a"), rig.ask("b"))
+        assert [outcome for outcome in outcomes if isinstance(outcome, Exception)] == []
+        assert now() - started <= 16
+        assert first.texts == ["a", "b", "hello"]
+        breaker, cooling = rig.gates["d0"].breaker, rig.gates["d0"].cooling
+        assert (breaker.state == "credential", cooling > 0) == (
+            isinstance(failure, BadCredential),
+            isinstance(failure, Throttled),
+        )
+
+
+async def test_a_lone_deployment_is_asked_again_when_it_could_not_be_asked_who_is_to_blame() -> None:
+    """The bad text and its neighbours come back after the 429 of the harmless one, and only the bad one fails."""
+    provider = ScriptedProvider(poison=frozenset({"bad"}), refusal=REFUSED)
+    async with engine(provider, limits=Limits(max_in_flight=1)) as rig:
+        provider.script.extend([REFUSED, Throttled("429", 5.0)])
+        outcomes = await outcomes_of(*(rig.ask(text) for text in ("bad", "x", "y")))
+        assert [type(outcome).__name__ for outcome in outcomes] == ["RejectedInput", *["EmbeddingResult"] * 2]
+        times = [at for at, _ in provider.calls]
+        assert times[2] - times[1] >= 5.0
+
+
+async def test_nobody_waits_for_the_quota_of_a_harmless_text() -> None:
+    """Where the minute is used up, it stays open who is to blame, and the next deployment answers at once."""
+    first, second = ScriptedProvider(poison=frozenset({"bad"}), refusal=REFUSED), ScriptedProvider()
+    limits = [Limits(requests_per_minute=1, max_in_flight=1), Limits()]
+    async with engine(first, second, each=limits) as rig:
+        started = now()
+        results = await asyncio.gather(rig.ask("bad"), rig.ask("good"))
+        assert {result.deployments for result in results} == {("d1",)}
+        assert now() - started < 1.0
+        assert first.texts == ["bad", "good"]
 
 
 # ── throttles ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -273,14 +320,14 @@ async def test_a_strange_deployment_is_left_out_as_long_as_another_stays() -> No
     """Vectors of another meaning answer nobody, not even when the sound one is down; alone it still serves."""
     sound, strange = ScriptedProvider(), ScriptedProvider()
     async with engine(strange, sound) as rig:
-        rig.gates["d0"].strange = True
+        rig.gates["d0"].judge(rig.gateway.routes[MODEL].space, MODEL, strange=True)
         assert (await rig.ask("a")).deployments == ("d1",)
         sound.always = Transient("500")
         outcomes = [await outcomes_of(rig.ask(f"t{at}", within_s=2)) for at in range(12)]
         assert all(isinstance(outcome, UpstreamFailed | ProviderUnavailable) for [outcome] in outcomes)
         assert strange.calls == []
     async with engine(ScriptedProvider()) as rig:
-        rig.gates["d0"].strange = True
+        rig.gates["d0"].judge(rig.gateway.routes[MODEL].space, MODEL, strange=True)
         assert (await rig.ask("a")).deployments == ("d0",)
 
 

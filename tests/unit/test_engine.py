@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from app.domain import ANONYMOUS, Attempts, Deployment, EmbeddingRequest, Limits, Priority, Tenant
+from app.domain import ANONYMOUS, Attempts, Deployment, EmbeddingRequest, Limits, Priority, Space, Tenant
 from app.engine.workqueue import QueueBound
 from app.errors import (
     BadCredential,
@@ -26,6 +26,7 @@ from app.errors import (
     Unreachable,
     UpstreamFailed,
 )
+from app.storage.memory import MemoryCache
 from tests.rig import MODEL, WIDTH, Rig, ScriptedProvider, bend, engine
 
 pytestmark = pytest.mark.looptime
@@ -200,6 +201,54 @@ async def test_a_joined_text_takes_the_higher_priority() -> None:
             callers.create_task(rig.ask("bulk 4", priority=Priority.INTERACTIVE))
         assert rig.provider.texts[1] == "bulk 4"
         assert sorted(map(str, rig.provider.texts)) == sorted({"busy", *(f"bulk {at}" for at in range(5))})
+
+
+class Invalidated(MemoryCache):
+    """A cache whose operator can declare all of it void."""
+
+    mark = b""
+
+    def base(self, space: Space) -> bytes:
+        """What the operator said last."""
+        return self.mark
+
+
+async def test_what_was_invalidated_is_bought_again() -> None:
+    """Also a text in flight at that moment: who asks afterwards does not get what was begun before."""
+    cache = Invalidated(1 << 20)
+    async with engine(ScriptedProvider(), cache=cache) as rig:
+        await rig.ask("kept")
+        flying = asyncio.ensure_future(rig.ask("flying"))
+        await asyncio.sleep(0.01)
+        cache.mark = b"2"
+        again = await rig.ask("kept", "flying")
+        assert (again.cache_hits, again.joined) == (0, 0)
+        await flying
+        assert (await rig.ask("kept", "flying")).cache_hits == 2
+
+
+async def test_only_tenants_of_one_group_share_what_was_bought() -> None:
+    """Neither the cache nor a text in flight tells one group what another has asked; within a group both are shared."""
+    async with engine(ScriptedProvider()) as rig:
+        tenants = [
+            Tenant(name, cache_group=group) for name, group in zip("abcde", ["", "", "g", "g", "h"], strict=True)
+        ]
+        flying = await asyncio.gather(*(rig.ask("same", tenant=tenant) for tenant in tenants))
+        assert [result.joined for result in flying] == [0, 1, 0, 1, 0]
+        assert rig.provider.texts == ["same"] * 3
+        for tenant in tenants:
+            assert (await rig.ask("same", tenant=tenant)).cache_hits == 1
+        assert (await rig.ask("same", tenant=Tenant("f", cache_group="i"))).cache_hits == 0
+
+
+async def test_keys_of_many_groups_fill_no_memory() -> None:
+    """What is remembered to make keys quickly is bounded, and forgetting it changes no key."""
+    async with engine(ScriptedProvider(), cache=MemoryCache(1 << 24)) as rig:
+        await rig.ask("a", tenant=Tenant("t", cache_group="first"))
+        for number in range(2000):
+            await rig.ask("a", tenant=Tenant("t", cache_group=str(number)))
+        assert len(rig.gateway._keys._seeds) <= 1024
+        assert (await rig.ask("a", tenant=Tenant("t", cache_group="first"))).cache_hits == 1
 
 
 async def test_smaller_dimensions_share_one_purchase() -> None:
@@ -563,7 +612,8 @@ async def test_a_bug_in_the_batcher_loop_loses_nothing_that_waits() -> None:
     async with engine(ScriptedProvider()) as rig:
         await rig.ask("before")
         (batcher,) = rig.gateway._batchers.values()
-        batcher.dispatcher._limiter = Buggy(batcher.dispatcher._limiter, "reserve", 3)  # type: ignore[assignment]
+        calls = batcher.dispatcher._calls
+        calls.limiter = Buggy(calls.limiter, "reserve", 3)  # type: ignore[assignment]
         await rig.ask("a")
         assert "3 crashes" in rig.gateway.why_not_ready()[0]
         await asyncio.sleep(61)

@@ -1,6 +1,7 @@
 """What becomes of a text that is too long: refused, cut, or the mean of its windows; in virtual time."""
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import tokens, vectors
-from app.domain import ANONYMOUS, EmbeddingRequest, EmbeddingResult, Limits
+from app.domain import ANONYMOUS, Deployment, EmbeddingRequest, EmbeddingResult, Limits, Route, Space
+from app.engine.intake import Intake
 from app.errors import InputRefused, InvalidRequest, RejectedInput
 from app.tokens import Cl100k
 from tests.identity import identifying_vector
-from tests.rig import MODEL, WIDTH, Rig, ScriptedProvider, engine
+from tests.rig import MODEL, WIDTH, Rig, ScriptedProvider, Words, engine
 
 LONG = " ".join(f"w{number}" for number in range(23))
 
@@ -104,6 +106,31 @@ async def test_what_cannot_be_kept_whole_is_not_promised() -> None:
         await embed(rig, "short")
         with pytest.raises(InvalidRequest, match="can only be 'end'"):
             await embed(rig, "short", truncation="none")
+
+
+async def test_long_texts_are_counted_beside_the_loop() -> None:
+    """Cutting windows and counting them is work for a thread, however many there are."""
+    threads: set[int] = set()
+
+    class Noting(Words):
+        """Knows which threads have counted something long."""
+
+        def count(self, text: str) -> int:
+            """One per word."""
+            if len(text) > 100:
+                threads.add(threading.get_ident())
+            return super().count(text)
+
+    deployment = Deployment("d", MODEL)
+    route = Route(MODEL, Space(MODEL, WIDTH, max_input_tokens=500), (deployment,), long_input="mean")
+    intake = Intake({MODEL: route}, {MODEL: Noting()}, Words())
+    text = "word " * 20_000
+    plan = intake.plan(EmbeddingRequest(ANONYMOUS, MODEL, (text,), 1e9))
+    [sized], _ = await intake.measure(plan, [text], 0)
+    assert len(sized.windows) > 40
+    assert max(window.tokens for window in sized.windows) == 500
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 @pytest.mark.looptime

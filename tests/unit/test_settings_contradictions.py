@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from app.settings import load
+from app.domain import Limits
+from app.settings import describe, load
 from tests.unit.configurations import SMALL, refusal
 
 SECOND = '[deployments.other]\ndialect = "openai"\nbase_url = "http://10.0.0.8/v1"\nmodel = "bge-small"\n'
@@ -207,3 +208,39 @@ def test_a_server_that_cuts_silently_needs_the_models_tokenizer(write: Any, tmp_
     assert "models.bge.max_input_tokens: is required, since 'infinity' cuts longer texts" in told
     load(write(exact + "max_input_tokens = 512\n"), {})
     load(write(silent + 'long_input = "truncate"\n'), {})
+
+
+SECRET = "0123456789abcdef0123456789abcdef"
+
+
+def test_what_processes_share_needs_a_secret_that_nobody_can_guess(write: Any) -> None:
+    """Each shared store asks for it; a short one is refused; an older one may stand beside it."""
+    for store in ('redis_url = "redis://127.0.0.1"', 'database_url = "postgresql://127.0.0.1/e"'):
+        path = write(SMALL + f"[stores]\n{store}\n")
+        (told,) = refusal(path)
+        assert f"server.secret: is required by stores.{store.split(' ')[0]}" in told
+        load(path, {"EMBEDGATE_SERVER__SECRET": SECRET})
+        settings = load(path, {"EMBEDGATE_SERVER__SECRET": f'["{SECRET}", "{SECRET[::-1]}"]'})
+        assert len(settings.server.secret) == 2
+    (told,) = refusal(write('[server]\nsecret = "short"\n' + SMALL))
+    assert "server.secret: needs at least 16 characters that nobody can guess" in told
+
+
+def test_the_password_in_a_stores_url_is_never_shown(write: Any) -> None:
+    """Neither by what is in force nor by a refusal."""
+    url = "postgresql://me:hunter2hunter2@127.0.0.1/e"
+    path = write(f'[server]\nsecret = "{SECRET}"\n[stores]\ndatabase_url = "{url}"\n' + SMALL)
+    assert "hunter2" not in describe(load(path, {}))
+    (told,) = refusal(write(f'[stores]\nredis_url = "{url}"\n[server]\nsecret = "{SECRET}"\n' + SMALL))
+    assert "hunter2" not in told
+
+
+def test_a_tenant_without_limits_has_none(write: Any) -> None:
+    """Each limit by itself is one; all of them are in the noun."""
+    path = write(
+        SMALL + '[tenants.a]\napi_key = "k"\n[tenants.b]\napi_key = "l"\ntokens_per_minute = 5\ncache_group = "g"\n'
+    )
+    tenants = {name: each.tenant(name) for name, each in load(path, {}).tenants.items()}
+    assert tenants["a"].limits is None
+    assert tenants["b"].limits == Limits(0, 5, 0)
+    assert (tenants["a"].cache_group, tenants["b"].cache_group) == ("", "g")

@@ -175,13 +175,14 @@ WRONG_VALUES = [
         "tenants.t.api_key: the key is empty or has characters that an HTTP header cannot carry",
     ),
     ('[tenants.t]\napi_key = "k"\nbudget_usd_per_day = 5', "3", "tenants.t.budget_usd_per_day: is not supported"),
-    ('[stores]\nredis_url = "redis://x"', "2", "stores.redis_url: is not supported by this version yet"),
+    ('[stores]\nredis_url = "http://x"', "2", "stores.redis_url: must be a URL that begins with redis:// or rediss://"),
+    ('[stores]\ndatabase_url = "mysql://x"', "2", "stores.database_url: must be a URL that begins with postgresql://"),
     ('[stores]\ndata_dirs = "x"', "2", "stores.data_dirs: unknown key; did you mean 'data_dir'?"),
     ('[stores]\ndata_dir = ""', "2", "stores.data_dir: must not be empty"),
     ("[bulk]\nx = 1", "1", "bulk: is not supported by this version yet"),
     ("[server]\nworkers = 4", "2", "server.workers: is not supported by this version yet"),
-    ('[server]\nsecret = "env:X"', "2", "server.secret: is not supported by this version yet"),
-    ("[cache]\nfloat16 = true", "2", "cache.float16: is not supported by this version yet"),
+    ('[server]\nsecret = "env:X"', "2", "server.secret: the environment variable X is not set"),
+    ('[cache]\nfloat16 = "yes"', "2", "cache.float16: must be true or false"),
 ]
 
 
@@ -239,8 +240,8 @@ def test_a_wrong_override_is_told_by_its_own_name(write: Any) -> None:
     assert refusal(path, {"EMBEDGATE_SEVER__PORT": "1"}) == [
         "EMBEDGATE_SEVER__PORT: names nothing in the configuration; did you mean 'EMBEDGATE_SERVER__PORT'?"
     ]
-    assert refusal(path, {"EMBEDGATE_STORES__REDIS_URL": "redis://x"}) == [
-        "EMBEDGATE_STORES__REDIS_URL: stores.redis_url: is not supported by this version yet"
+    assert refusal(path, {"EMBEDGATE_SERVER__WORKERS": "2"}) == [
+        "EMBEDGATE_SERVER__WORKERS: server.workers: is not supported by this version yet"
     ]
     assert refusal(path, host="0.0.0.0")[0].startswith("--host: server.host: '0.0.0.0' can be reached")
 

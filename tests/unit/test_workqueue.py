@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from app.domain import EmbeddingRequest, Priority, Tenant, Text
-from app.engine.workitem import Fit, Group, WorkItem
+from app.engine.workitem import Batch, Fit, Group, WorkItem
 from app.engine.workqueue import DEFAULT_SHARE, QueueBound, WorkQueue
 from app.errors import Overloaded
 from app.telemetry import Telemetry
@@ -45,13 +45,18 @@ class Bench:
         self.queue.put(request, items)
         return request, items
 
-    def take(self, fit: Fit = EVERYTHING, deployment: str = "d0") -> list[Text]:
+    def batch(self, fit: Fit = EVERYTHING, at: int = -1) -> Batch:
+        """The next batch, of the demand at this place: the last is that of the lanes."""
+        wishes = self.queue.demands()
+        return self.queue.take(fit, wishes[at]) if wishes else Batch((), 0, "drained")
+
+    def take(self, fit: Fit = EVERYTHING, at: int = -1) -> list[Text]:
         """The payloads of the next batch."""
-        return [item.payload for item in self.queue.take(fit, deployment).items]
+        return [item.payload for item in self.batch(fit, at).items]
 
     def served(self, count: int) -> Counter[str]:
         """Who is served by the next `count` texts, by their first tenant."""
-        return Counter(self.queue.take(ONE, "d0").items[0].waiters[0].tenant.name for _ in range(count))
+        return Counter(self.batch(ONE).items[0].waiters[0].tenant.name for _ in range(count))
 
 
 def numbered(prefix: str, count: int) -> list[str]:
@@ -81,9 +86,7 @@ async def test_lower_priorities_keep_their_guaranteed_share() -> None:
     bench = Bench()
     for priority in Priority:
         bench.put(*numbered(priority.name, 4000), priority=priority)
-    first = [
-        item.waiters[0].priority for _ in range(40) for item in bench.queue.take(Fit(100, 10**9, 10**9), "d").items
-    ]
+    first = [item.waiters[0].priority for _ in range(40) for item in bench.batch(Fit(100, 10**9, 10**9)).items]
     shares = {priority: first.count(priority) / len(first) for priority in Priority}
     assert shares[Priority.BULK] == pytest.approx(0.05, abs=0.005)
     assert shares[Priority.DEFAULT] == pytest.approx(DEFAULT_SHARE, abs=0.005)
@@ -103,7 +106,7 @@ async def test_tenants_are_served_equal_tokens_whatever_their_texts() -> None:
     bench.put(*numbered("short", 5000), tenant="short", tokens=10)
     tokens: Counter[str] = Counter()
     for _ in range(2000):
-        item = bench.queue.take(ONE, "d").items[0]
+        item = bench.batch(ONE).items[0]
         tokens[item.waiters[0].tenant.name] += item.tokens
         assert abs(tokens["long"] - tokens["short"]) <= 2 * 200
 
@@ -115,7 +118,7 @@ async def test_without_tenants_the_long_texts_would_win() -> None:
     bench.put(*numbered("short", 5000), tokens=10)
     tokens: Counter[str] = Counter()
     for _ in range(400):
-        item = bench.queue.take(ONE, "d").items[0]
+        item = bench.batch(ONE).items[0]
         tokens[str(item.payload).rstrip("0123456789")] += item.tokens
     assert tokens["long"] - tokens["short"] > 2 * 200
 
@@ -283,9 +286,9 @@ async def test_a_batch_is_closed_by_items_tokens_or_bytes(fit: Fit, reason: str,
     """Whichever limit comes first closes it, and the reason is told."""
     bench = Bench()
     bench.put(*numbered("t", 10))
-    batch = bench.queue.take(fit, "d")
+    batch = bench.batch(fit)
     assert (len(batch.items), batch.reason) == (count, reason)
-    assert bench.queue.take(EVERYTHING, "d").reason == "drained"
+    assert bench.batch().reason == "drained"
 
 
 async def test_an_empty_text_travels_alone() -> None:
@@ -304,18 +307,56 @@ async def test_text_and_token_ids_never_share_a_call() -> None:
     assert [bench.take(), bench.take()] == [["a"], [(1, 2)]]
 
 
-async def test_returned_texts_go_first_and_elsewhere() -> None:
-    """Texts whose call failed are at the head, for any deployment but the one that failed them."""
+async def test_returned_texts_are_offered_first_and_apart() -> None:
+    """Each group that came back is a demand of its own before that of the lanes, and names whom it avoids."""
+    bench = Bench()
+    groups = [bench.put(f"x{number}", f"y{number}", tokens=number + 1)[1] for number in range(2)]
+    bench.take()
+    bench.put("fresh", tokens=5, priority=Priority.BULK)
+    for number, items in enumerate(groups):
+        bench.queue.put_back(Group(tuple(items), frozenset({f"d{number}"}), rest_until=7.0))
+    first, second, lanes = bench.queue.demands()
+    assert [(wish.items, wish.tokens) for wish in (first, second, lanes)] == [(2, 2), (2, 4), (1, 5)]
+    assert [wish.avoid for wish in (first, second, lanes)] == [{"d0"}, {"d1"}, set()]
+    assert [wish.rest_until for wish in (first, second, lanes)] == [7.0, 7.0, 0.0]
+    assert [wish.priority for wish in (first, second, lanes)] == [Priority.DEFAULT, Priority.DEFAULT, Priority.BULK]
+    taken = bench.queue.take(EVERYTHING, second)
+    assert [item.payload for item in taken.items] == ["x1", "y1"]
+    assert taken.avoid == {"d1"}
+    assert bench.take() == ["fresh"]
+    assert bench.take() == ["x0", "y0"]
+
+
+async def test_a_demand_is_renewed_until_nothing_of_it_waits() -> None:
+    """What was offered changes with what comes and goes, and what is taken is what was offered, never another's."""
     bench = Bench()
     _, items = bench.put("x", "y")
-    bench.queue.take(EVERYTHING, "d0")
-    bench.put("fresh")
-    bench.queue.put_back(Group(tuple(items), frozenset({"d0"})))
-    demand = bench.queue.demand()
-    assert demand is not None
-    assert demand.avoid == {"d0"}
-    assert bench.take(deployment="d0") == ["fresh"]
-    assert bench.take(deployment="d1") == ["x", "y"]
+    bench.take()
+    bench.queue.put_back(Group(tuple(items)))
+    wish = bench.queue.demands()[0]
+    bench.queue.forget(items[0])
+    renewed = bench.queue.renewed(wish)
+    assert renewed is not None
+    assert (renewed.head, renewed.items, renewed.tokens) == (items[1], 1, 10)
+    assert [item.payload for item in bench.queue.take(EVERYTHING, wish).items] == ["y"]
+    bench.put("another")
+    assert bench.queue.renewed(wish) is None
+    assert bench.queue.take(EVERYTHING, wish).items == ()
+    assert bench.take() == ["another"]
+
+
+async def test_texts_that_rest_are_no_company_and_no_backlog() -> None:
+    """They neither end the wait for a fuller batch nor make the service look slow."""
+    bench = Bench()
+    _, items = bench.put(*numbered("t", 50))
+    bench.take()
+    bench.queue.put_back(Group(tuple(items), rest_until=1e9))
+    for _ in range(20):
+        bench.put("quick")
+        assert not bench.queue.holds(2, 1000)
+        assert bench.take() == ["quick"]
+        await asyncio.sleep(1.0)
+    bench.put(*numbered("many", 1000), within_s=5.0)
 
 
 async def test_the_first_text_keeps_its_place_when_a_grant_is_too_small() -> None:
