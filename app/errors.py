@@ -59,6 +59,24 @@ class Unauthenticated(EmbedgateError):
 # ── wait, then try again ────────────────────────────────────────────────────────────────────────────────────────────
 
 
+# ── wait ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class RateLimited(EmbedgateError):
+    """The caller's tenant is over one of its limits; `retry_after_s` None: this request can never pass.
+
+    `kind` is the scarce dimension, `code` the stable machine word.
+    """
+
+    def __init__(
+        self, message: str, *, kind: str, retry_after_s: float | None, code: str = "rate_limit_exceeded"
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.kind = kind
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
 class TryAgainLater(EmbedgateError):
     """Embedgate itself cannot serve now; worth another try after `retry_after_s` seconds."""
 

@@ -2,17 +2,15 @@
 
 import asyncio
 import random
-import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import BinaryIO, Self, assert_never
 
-from app.domain import ANONYMOUS, Deployment, Route, Space, Tenant
+from app.domain import ANONYMOUS, Deployment, Route, Tenant
 from app.engine.breaker import CircuitBreaker
 from app.engine.canary import Canary, Finding, Watch, probes
 from app.engine.gate import Bell, Gate
@@ -20,44 +18,43 @@ from app.engine.gateway import EngineParts, Gateway
 from app.engine.intake import Intake, space_for
 from app.engine.workqueue import QueueBound
 from app.errors import ConfigurationError
-from app.ports import Limiter, Provider, TokenCounter
+from app.ports import Limiter, Provider
 from app.providers.dialect import Dialect, Target
 from app.providers.http import Endpoint
-from app.providers.local import LocalModel, LocalModelFacts, default_model, read_model
+from app.providers.local import LocalModel
 from app.providers.remote import RemoteProvider
-from app.settings import LocalDeployment, ModelFacts, RemoteDeployment, Settings, retirements
-from app.storage.cache import MemoryCache
-from app.storage.landmarks import FileLandmarks
-from app.storage.limiter import InProcessLimiter
+from app.serving import Menu, Served
+from app.settings import LocalDeployment, RemoteDeployment, Settings, retirements
+from app.stores import Stores
 from app.telemetry import Reading, Telemetry
-from app.tokens import Cl100k, Estimate, HuggingFaceCounter, LearnedRatio
-
-
-@dataclass(frozen=True, slots=True)
-class _Served:
-    """One model name with all that serves it."""
-
-    route: Route
-    counter: TokenCounter
+from app.tokens import LearnedRatio
 
 
 class Runtime:
     """Everything that serves, built from `settings`; an async context manager that closes it in reverse.
 
-    `draining` is set when no more requests should come. `today` is asked for how long models will still be there.
+    `serves`: as a server, not a tool beside one. `draining` is set when no more requests should come. `today` is asked
+    for how long models will still be there.
     """
 
-    def __init__(self, settings: Settings, *, today: Callable[[], date] = lambda: datetime.now(UTC).date()) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        serves: bool = True,
+        today: Callable[[], date] = lambda: datetime.now(UTC).date(),
+    ) -> None:
         self.settings = settings
+        self._serves = serves
         self._today = today
-        self.vocabulary = Cl100k()
         self.draining = False
+        self.menu: Menu
         self.telemetry: Telemetry
+        self.stores: Stores
         self.gateway: Gateway
         self.canary: Canary
         self._rng = random.Random()  # noqa: S311 — jitter
         self._stack = AsyncExitStack()
-        self._models: dict[str, LocalModelFacts] = {}
         self._endpoints: dict[str, Endpoint] = {}
 
     @property
@@ -71,19 +68,18 @@ class Runtime:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
+            self.menu = await asyncio.to_thread(Menu, self.settings)
             self.telemetry = self._telemetry(stack)
-            await asyncio.to_thread(self._read_models)
-            await asyncio.to_thread(self.vocabulary.load)
-            served = {name: self._served(name) for name in self.settings.models}
-            gates = self._gates(served)
+            self.stores = await stack.enter_async_context(Stores(self.settings, self.telemetry, serves=self._serves))
+            gates = self._gates()
             for gate in gates.values():
                 stack.push_async_callback(gate.provider.aclose)
             bell = Bell()
-            limiter = InProcessLimiter(
-                {name: gate.deployment.limits for name, gate in gates.items()}, clock=time.monotonic
-            )  # fmt: skip
-            self.gateway = await stack.enter_async_context(self._engine(served, gates, limiter, bell))
-            self.canary = self._canary(served, gates, limiter, bell)
+            limits = {name: gate.deployment.limits for name, gate in gates.items()}
+            limits |= {tenant.account: tenant.limits for tenant in self.tenants.values() if tenant.limits}
+            limiter = await self.stores.limiter(limits, stack)
+            self.gateway = await stack.enter_async_context(self._engine(gates, limiter, bell))
+            self.canary = self._canary(gates, limiter, bell)
             self._stack = stack.pop_all()
         return self
 
@@ -92,7 +88,9 @@ class Runtime:
 
     def why_not_ready(self) -> list[str]:
         """Reasons why this process should get no requests now; empty when it should."""
-        return [*(["draining"] if self.draining else []), *self.gateway.why_not_ready()]
+        complaint = self.stores.complaint()
+        own = [*(["draining"] if self.draining else []), *([complaint] if complaint else [])]
+        return own + self.gateway.why_not_ready()
 
     async def probe(self, *, accept: bool = False) -> list[Finding]:
         """What every deployment of every model answers to a few texts now; see `Canary.probe`."""
@@ -126,84 +124,16 @@ class Runtime:
         )
         return telemetry
 
-    def _read_models(self) -> None:
-        """Opens the files of every local deployment: their facts make its Space."""
-        for name, settings in self.settings.deployments.items():
-            if isinstance(settings, LocalDeployment):
-                path = settings.path
-                self._models[name] = (
-                    read_model(Path(path).expanduser(), settings.pooling or None) if path else default_model()
-                )
-
-    def _served(self, name: str) -> _Served:
-        """The Route and the token counter of the model `name`."""
-        model, facts = self.settings.models[name], self.settings.facts(name)
-        deployments = tuple(self._deployment(each, facts.unit_norm) for each in model.deployments)
-        local = self._models.get(model.deployments[0])
-        if local is not None:
-            self._check_local(name, [self._models[each] for each in model.deployments])
-            space, prompts = local.space(name), local.prompts
-        else:
-            space, prompts = _remote_space(name, facts), facts.prompts
-        remote = [each for each in map(self.settings.deployments.get, model.deployments) if each is not None]
-        route = Route(
-            name, space, deployments,
-            cuts_dimensions=facts.cuts_dimensions, sizes=facts.sizes, prompts=prompts,
-            default_input_type=facts.default_input_type, long_input=model.truncation,
-            overlap_tokens=model.overlap_tokens, spread=model.order == "spread", spill_s=model.spill_s,
-            vendor_cuts=all(isinstance(each, RemoteDeployment) and each.wire.cuts for each in remote),
-            always_cuts=not facts.counts_exactly
-            and any(isinstance(each, RemoteDeployment) and each.wire.cuts_silently for each in remote),
-            on_outage=model.on_outage, created=facts.created, owned_by=facts.owned_by,
-        )  # fmt: skip
-        return _Served(route, HuggingFaceCounter(local.tokenizer) if local else self._counter(facts.tokenizer))
-
-    def _counter(self, tokenizer: str | None) -> TokenCounter:
-        """Who counts for a model whose tokenizer is the vocabulary of callers, an estimate, or a file."""
-        match tokenizer:
-            case "cl100k_base":
-                return self.vocabulary
-            case None | "estimate":
-                return Estimate()
-            case path:
-                return HuggingFaceCounter(Path(path).expanduser())
-
-    def _check_local(self, name: str, models: list[LocalModelFacts]) -> None:
-        """What only the models' files can tell to be wrong."""
-        if len({model.space(name) for model in models}) > 1:
-            raise ConfigurationError(f"models.{name}.deployments: these directories hold different models")
-        settings, most = self.settings.models[name], models[0].max_input_tokens
-        if settings.truncation == "mean" and 2 * settings.overlap_tokens >= most:
-            raise ConfigurationError(f"models.{name}.overlap_tokens: must be less than half of the {most} that fit")
-
-    def _deployment(self, name: str, unit_norm: bool) -> Deployment:
-        settings = self.settings.deployments[name]
-        deployment = Deployment(
-            name,
-            settings.model,
-            limits=settings.limits(),
-            attempts=settings.retry(),
-            breaker=self.settings.breaker(name),
-            timeout_s=settings.timeout_s,
-        )
-        match settings:
-            case RemoteDeployment():
-                return replace(deployment, unit_norm=unit_norm, takes_token_ids=settings.understands_token_ids)
-            case LocalDeployment():
-                return replace(deployment, unit_norm=self._models[name].normalised)
-            case _:
-                assert_never(settings)
-
-    def _gates(self, served: Mapping[str, _Served]) -> dict[str, Gate]:
+    def _gates(self) -> dict[str, Gate]:
         """A Gate per deployment that some model uses, shared by all models that do."""
         gates: dict[str, Gate] = {}
-        for model in served.values():
+        for model in self.menu.models.values():
             for deployment in model.route.deployments:
                 if deployment.name not in gates:
                     gates[deployment.name] = self._gate(deployment, model)
         return gates
 
-    def _gate(self, deployment: Deployment, model: _Served) -> Gate:
+    def _gate(self, deployment: Deployment, model: Served) -> Gate:
         name, telemetry = deployment.name, self.telemetry
         breaker = CircuitBreaker(
             deployment.breaker,
@@ -220,7 +150,7 @@ class Runtime:
             case RemoteDeployment():
                 return self._remote(name, settings)
             case LocalDeployment():
-                return LocalModel(self._models[name], device=settings.device, max_items=settings.max_batch_items)
+                return LocalModel(self.menu.local[name], device=settings.device, max_items=settings.max_batch_items)
             case _:
                 assert_never(settings)
 
@@ -245,66 +175,42 @@ class Runtime:
             for state, count in endpoint.pool()._asdict().items():
                 yield (name, state), count
 
-    def _engine(
-        self, served: Mapping[str, _Served], gates: Mapping[str, Gate], limiter: Limiter, bell: Bell
-    ) -> Gateway:  # fmt: skip
+    def _engine(self, gates: Mapping[str, Gate], limiter: Limiter, bell: Bell) -> Gateway:
         settings = self.settings
-        cache = MemoryCache(settings.cache.memory_bytes)
-        self.telemetry.watch(
-            "embedgate_cache_bytes", "Memory of the vectors kept", (), lambda: [((), cache.stats().used_bytes)]
-        )
         self.telemetry.watch(
             "embedgate_pool_connections", "Connections to providers by state, and calls that are waiting for one",
             ("deployment", "state"), self._connections,
         )  # fmt: skip
         parts = EngineParts(
-            cache=cache,
+            cache=self.stores.cache,
             limiter=limiter,
             gates=gates,
             telemetry=self.telemetry,
-            secret=secrets.token_bytes(32),
+            secret=self.stores.secret.derive("cache keys"),
+            older_secrets=self.stores.secret.derive_older("cache keys"),
             bulk_share=settings.queue.bulk_share,
+            several_tenants=len(settings.tenants) > 1,
+            shares=self.stores.shares,
         )
         intake = Intake(
-            {name: model.route for name, model in served.items()},
-            {name: model.counter for name, model in served.items()},
-            self.vocabulary,
+            {name: model.route for name, model in self.menu.models.items()},
+            {name: model.counter for name, model in self.menu.models.items()},
+            self.menu.vocabulary,
         )
         bound = QueueBound(settings.queue.max_items, settings.queue.max_tokens)
         return Gateway(intake, parts, bound, bell, clock=time.monotonic, rng=self._rng)
 
-    def _data_dir(self) -> Path:
-        try:
-            return Path(self.settings.stores.data_dir).expanduser()
-        except RuntimeError as error:  # a user without a home
-            raise ConfigurationError("stores.data_dir: has no home directory to lie in, name another one") from error
-
-    def _canary(
-        self, served: Mapping[str, _Served], gates: Mapping[str, Gate], limiter: Limiter, bell: Bell
-    ) -> Canary:  # fmt: skip
+    def _canary(self, gates: Mapping[str, Gate], limiter: Limiter, bell: Bell) -> Canary:
         """Who watches the models, once it is entered."""
         watches = []
-        for name, model in served.items():
+        for name, model in self.menu.models.items():
             settings, space = self.settings.models[name], space_for(model.route)
             of_model = [gates[deployment.name] for deployment in model.route.deployments]
             most = min(gate.deployment.limits.max_batch_tokens for gate in of_model)
             texts, tokens = probes(model.counter, space.max_input_tokens, most)
             interval_s, cosine = settings.canary_interval_s, settings.canary_cosine
             watches.append(Watch(name, space, of_model, texts, tokens, interval_s, cosine))
-        landmarks = FileLandmarks(self._data_dir() / "landmarks")
-        return Canary(watches, landmarks, limiter, bell, self.telemetry, clock=time.monotonic)
-
-
-def _remote_space(name: str, facts: ModelFacts) -> Space:
-    """Where the vectors of a model that is called over the network may be compared."""
-    if facts.dimensions is None:
-        raise ConfigurationError(f"models.{name}.dimensions: say how wide its vectors are")
-    return Space(
-        facts.upstream,
-        facts.dimensions,
-        normalised=facts.unit_norm,
-        max_input_tokens=facts.max_input_tokens or 8192,
-    )
+        return Canary(watches, self.stores.landmarks, limiter, bell, self.telemetry, clock=time.monotonic)
 
 
 def _dialect(settings: RemoteDeployment) -> Dialect:

@@ -77,7 +77,7 @@ class EmbeddingsRoute:
         visit.started_s = now_s = self._clock()
         if len(body) > bulky.BYTES:
             await self._one_by_one()
-        asked, texts = wire.read(body, runtime.vocabulary)
+        asked, texts = wire.read(body, runtime.menu.vocabulary)
         if asked.model in runtime.gateway.routes:
             visit.model = asked.model
         visit.items = len(texts)

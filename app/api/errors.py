@@ -14,6 +14,7 @@ from app.errors import (
     InvalidRequest,
     Overloaded,
     ProviderUnavailable,
+    RateLimited,
     RejectedInput,
     ShuttingDown,
     TryAgainLater,
@@ -127,14 +128,20 @@ def _unauthenticated(error: Unauthenticated) -> _Face:
     return 401, _INVALID, None, error.code, ((b"www-authenticate", b"Bearer"),)
 
 
-def _later(code: str, *headers: Header) -> Callable[[TryAgainLater], _Face]:
-    def face(error: TryAgainLater) -> _Face:
-        jittered_s = max(0.0, error.retry_after_s) * (1 + _JITTER * random.random())  # noqa: S311 — spreads callers
-        wait_ms = max(1, math.ceil(min(jittered_s, _LONGEST_WAIT_S) * 1000))
-        wait = ((b"retry-after", b"%d" % math.ceil(wait_ms / 1000)), (b"retry-after-ms", b"%d" % wait_ms))
-        return 503, _LATER, None, code, (*wait, *headers)
+def _wait(retry_after_s: float) -> tuple[Header, Header]:
+    jittered_s = max(0.0, retry_after_s) * (1 + _JITTER * random.random())  # noqa: S311 — spreads callers
+    wait_ms = max(1, math.ceil(min(jittered_s, _LONGEST_WAIT_S) * 1000))
+    return (b"retry-after", b"%d" % math.ceil(wait_ms / 1000)), (b"retry-after-ms", b"%d" % wait_ms)
 
-    return face
+
+def _limited(error: RateLimited) -> _Face:
+    if error.retry_after_s is None:
+        return 429, error.kind, None, error.code, ((b"x-should-retry", b"false"),)
+    return 429, error.kind, None, error.code, _wait(error.retry_after_s)
+
+
+def _later(code: str, *headers: Header) -> Callable[[TryAgainLater], _Face]:
+    return lambda error: (503, _LATER, None, code, (*_wait(error.retry_after_s), *headers))
 
 
 _FACES: dict[type[EmbedgateError], Callable[..., _Face]] = {
@@ -143,6 +150,7 @@ _FACES: dict[type[EmbedgateError], Callable[..., _Face]] = {
     UnknownModel: lambda _: (404, _INVALID, None, "model_not_found", ()),
     RejectedInput: lambda _: (400, _INVALID, "input", "upstream_rejected_input", ()),
     Unauthenticated: _unauthenticated,
+    RateLimited: _limited,
     Overloaded: _later("server_is_overloaded"),
     ProviderUnavailable: _later("provider_unavailable"),
     ShuttingDown: _later("shutting_down", _CLOSE),

@@ -191,6 +191,7 @@ _CREATE: _Schema = {
         "405": _error("Another method than POST.", {"allow": _header("`POST`")}),
         "413": _error("The body is too large; the connection is closed."),
         "415": _error("Not JSON, or compressed."),
+        "429": _error("Your tenant is over its limit of tokens, requests or concurrent requests.", _WAIT),
         "500": _error("A bug of ours."),
         "502": _error("All attempts failed at the provider."),
         "503": _UNAVAILABLE,
@@ -225,6 +226,38 @@ METRICS: _Schema = {
 }
 
 
+_ADMIN: list[_Schema] = [{"AdminKey": []}, {}]
+_COUNTS: _Schema = {"type": "object", "additionalProperties": {"type": "integer"}}
+
+
+def _admin(name: str, description: str, body: _Schema | None = None) -> _Schema:
+    extra: _Schema = {"security": _ADMIN}
+    answers: dict[int | str, _Schema] = {200: _json(description, "Counts"), 401: _NO_KEY}
+    if body is not None:
+        schema = {"type": "object", "additionalProperties": False, **body}
+        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        answers |= {400: _error("The body is not understood."), 404: _error("There is no such model."),
+                    413: _error("The body is too large."), 503: _UNAVAILABLE}  # fmt: skip
+    return {"operation_id": name, "responses": answers, "openapi_extra": extra}
+
+
+CACHE_STATS = _admin("cacheStats", "Entries, bytes and bound in bytes of each level.")
+CACHE_INVALIDATE = _admin(
+    "invalidateCache", "How many rows left the database.",
+    {"properties": {
+        "model": {"type": "string"}, "space": {"type": "string", "description": "As x-embedgate-space names it."},
+        "all": {"type": "boolean"}, "older_than_s": {"type": "integer", "minimum": 0},
+    }},
+)  # fmt: skip
+CACHE_WARM = _admin(
+    "warmCache", "How many texts, of these already kept, refused, and their tokens.",
+    {"required": ["model", "input"], "properties": {
+        "model": {"type": "string"}, "input": {"type": "array", "items": {"type": "string"}},
+        "input_type": _choice("input_type", "For models that tell them apart."), "cache_group": {"type": "string"},
+    }},
+)  # fmt: skip
+
+
 def complete(api: FastAPI) -> None:
     """Makes `api` describe the embeddings route, the errors and the keys too; every document it gives has them."""
     described = api.openapi
@@ -239,6 +272,7 @@ def complete(api: FastAPI) -> None:
             "schemas": {
                 "EmbeddingRequest": _REQUEST, "EmbeddingResponse": _RESPONSE, "Embedding": _EMBEDDING,
                 "Model": _MODEL, "ModelList": _MODEL_LIST, "Status": _STATUS, "Error": _ERROR,
+                "Counts": _COUNTS,
             },
             "securitySchemes": {
                 "ApiKey": {"type": "http", "scheme": "bearer", "description": "Needed if any key is configured."},

@@ -7,10 +7,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from app import __version__
-from app.api import openapi
+from app.api import admin, openapi
 from app.api.auth import Keys, authorizations
 from app.api.errors import HttpRefusal, NotReady, method_not_allowed, reply_to, unknown_url
-from app.domain import ANONYMOUS, Route, Tenant
+from app.domain import Route, Tenant
 from app.errors import EmbedgateError, UnknownModel
 from app.runtime import Runtime
 
@@ -23,6 +23,7 @@ def framework(runtime: Runtime, keys: Keys) -> FastAPI:
     _add_models(api, runtime, keys)
     _add_probes(api, runtime)
     _add_metrics(api, runtime)
+    admin.add(api, runtime)
     openapi.complete(api)
     return api
 
@@ -66,16 +67,12 @@ def _add_probes(api: FastAPI, runtime: Runtime) -> None:
 
 
 def _add_metrics(api: FastAPI, runtime: Runtime) -> None:
-    server = runtime.settings.server
-    admin = Keys({server.admin_key.get_secret_value(): ANONYMOUS} if server.admin_key else {})
+    check = admin.admin_only(runtime)
 
     @api.get("/metrics", **openapi.METRICS)
     async def metrics(request: Request) -> Response:
         """Prometheus metrics: free on loopback, elsewhere for the admin key."""
-        if not server.loopback:
-            if server.admin_key is None:
-                raise unknown_url("GET", "/metrics")
-            admin.tenant(authorizations(request.scope["headers"]))
+        check(request)
         return Response(generate_latest(runtime.telemetry.registry), media_type=CONTENT_TYPE_LATEST)
 
 

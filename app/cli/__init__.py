@@ -3,19 +3,19 @@
 1: a deployment does not answer as it should; 2: something to mend in the configuration.
 """
 
-import asyncio
 import io
 import json
 import os
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
 
 from app import __version__
+from app.cli import cache
+from app.cli.running import Config, run, with_examples
 from app.domain import Route
 from app.errors import ConfigurationError
 from app.providers.cards import KNOWN_ON
@@ -31,8 +31,6 @@ from app.settings import (
     table,
     verdict,
 )
-
-_T = TypeVar("_T")
 
 _EXAMPLES = """
 An embeddings gateway: OpenAI's /v1/embeddings in front of any provider, batched across callers, paid once.
@@ -52,23 +50,15 @@ Every value can be overridden by the environment: EMBEDGATE_SERVER__PORT=9000, E
 """  # noqa: E501 - lines to copy
 
 
-def _with_examples(text: str) -> str:
-    """Keeps indented lines as they are, where others are wrapped."""
-    return text.replace("\n\n    ", "\n\n\b\n    ")
-
-
 command = typer.Typer(
-    help=_with_examples(_EXAMPLES),
+    help=with_examples(_EXAMPLES),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-_Config = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", metavar="FILE", help="Default: $EMBEDGATE_CONFIG, then ./embedgate.toml."),
-]
+command.add_typer(cache.commands, name="cache")
 
 _CHECK = """
 Say what is wrong with the configuration (exit code 2), or print what is in force: defaults, tiers, headroom and catalog
@@ -81,6 +71,12 @@ these the accepted ones), the limits per minute that the vendor states beside th
 
     embedgate check --live
     embedgate check --live --json | jq 'select(.wrong != [])'
+"""
+_MIGRATE = """
+Bring the tables of the database to what this version knows. Servers do that by themselves when they start, as long as
+servers of the version before can go on working beside them; where they could not, stop those first and run this:
+
+    embedgate migrate
 """
 _MODELS = f"""
 List the models that are served, with their deployments in the order they are tried, and then the catalog: what is known
@@ -123,7 +119,7 @@ def _root(
 
 @command.command()
 def serve(
-    config: _Config = None,
+    config: Config = None,
     host: Annotated[str | None, typer.Option(help="Listen here instead of [server] host.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of [server] port; 0: any free.")] = None,
 ) -> None:
@@ -132,12 +128,12 @@ def serve(
     settings = load(find(config, os.environ), os.environ, options=named)
     from app.api import server  # only now, so that --help and refusals come fast
 
-    _run(lambda: server.serve(settings, lambda base_url: _announce(settings, base_url)))
+    run(lambda: server.serve(settings, lambda base_url: _announce(settings, base_url)))
 
 
-@command.command(help=_with_examples(_CHECK))
+@command.command(help=with_examples(_CHECK))
 def check(
-    config: _Config = None,
+    config: Config = None,
     live: Annotated[bool, typer.Option("--live", help="Call every deployment once.")] = False,
     accept: Annotated[
         bool, typer.Option("--accept", help="With --live: from now on its vectors are those to compare with.")
@@ -150,9 +146,9 @@ def check(
     path = find(config, os.environ)
     settings = load(path, os.environ)
     if live:
-        rows = _run(lambda: _probed(settings, accept=accept))
+        rows = run(lambda: _probed(settings, accept=accept))
     else:
-        _run(lambda: _routes(settings))
+        _routes(settings)
     for caution in cautions(settings, datetime.now(UTC).date()):
         print(f"embedgate: warning: {caution}", file=sys.stderr)
     if not live:
@@ -163,17 +159,24 @@ def check(
         raise typer.Exit(1)
 
 
-@command.command(help=_with_examples(_MODELS))
+@command.command(help=with_examples(_MODELS))
 def models(
-    config: _Config = None, as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False
+    config: Config = None, as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False
 ) -> None:
     """See `_MODELS`."""
     settings = load(find(config, os.environ), os.environ)
-    served = [_row(route) for route in _run(lambda: _routes(settings))]
+    served = [_row(route) for route in _routes(settings)]
     if as_json:
         print(json_lines([*served, *catalog_rows()]))
         return
     print(f"{table(served)}\n\nThe catalog as of {KNOWN_ON}:\n\n{table(catalog_rows())}")
+
+
+@command.command(help=with_examples(_MIGRATE))
+def migrate(config: Config = None) -> None:
+    """See `_MIGRATE`."""
+    settings = load(find(config, os.environ), os.environ)
+    print(run(lambda: cache.migrated(settings)))
 
 
 def _row(route: Route) -> Row:
@@ -190,33 +193,15 @@ async def _probed(settings: Settings, *, accept: bool) -> Sequence[Row]:
     from app.runtime import Runtime  # only now: see `serve`
 
     quiet = settings.server.model_copy(update={"log_file": os.devnull})
-    async with Runtime(settings.model_copy(update={"server": quiet})) as runtime:
+    async with Runtime(settings.model_copy(update={"server": quiet}), serves=False) as runtime:
         return [verdict(settings, finding) for finding in await runtime.probe(accept=accept)]
 
 
-async def _routes(settings: Settings) -> list[Route]:
+def _routes(settings: Settings) -> list[Route]:
     """What would be served: models and files are opened as `serve` opens them."""
-    from app.runtime import Runtime  # only now: see `serve`
+    from app.serving import Menu  # only now: see `serve`
 
-    async with Runtime(settings) as runtime:
-        return list(runtime.gateway.routes.values())
-
-
-def _run(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-    """Runs `work` on the fastest loop there is; Ctrl-C ends the command without complaint."""
-    try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(work())
-    except KeyboardInterrupt:
-        raise typer.Exit from None
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop
-    return uvloop.new_event_loop
+    return [served.route for served in Menu(settings).models.values()]
 
 
 def _announce(settings: Settings, base_url: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, TypeAlias
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ _TOKENIZER: Final = "set tokenizer to the path of its tokenizer.json"
 def contradictions(settings: Settings) -> Problems:
     """Everything for which these settings cannot be served."""
     yield from _keys(settings)
+    yield from _stores(settings)
     for name, deployment in settings.deployments.items():
         yield from _deployment(("deployments", name), deployment)
     for name, model in settings.models.items():
@@ -50,6 +52,23 @@ def _keys(settings: Settings) -> Problems:
             owner = owners.setdefault(key.get_secret_value(), f"tenants.{name}")
             if owner != f"tenants.{name}":
                 yield ("tenants", name, "api_key"), f"is also the key of {owner}; every key names one owner"
+
+
+def _stores(settings: Settings) -> Problems:
+    """What several processes share they must be able to read: the same secret makes the same keys."""
+    stores, secret = settings.stores, settings.server.secret
+    for each in secret:
+        if len(each.get_secret_value()) < 16 or len(set(each.get_secret_value())) < 6:
+            yield ("server", "secret"), "needs at least 16 characters that nobody can guess; try openssl rand -hex 32"
+    for name in ("redis_url", "cache_redis_url", "database_url"):
+        if getattr(stores, name) is not None and not secret:
+            text = (
+                f'is required by stores.{name}, for example "env:EMBEDGATE_SECRET" with what openssl rand -hex 32 says'
+            )
+            yield ("server", "secret"), text
+            break
+    if settings.cache.compression == "zstd" and find_spec("zstandard") is None:
+        yield ("cache", "compression"), "'zstd' needs the package zstandard: install embedgate[zstd]"
 
 
 def _deployment(path: KeyPath, deployment: RemoteDeployment | LocalDeployment) -> Problems:

@@ -10,18 +10,22 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from app.domain import BreakerPolicy, InputType, Priority, Tenant, Truncation
+from app.domain import BreakerPolicy, InputType, Limits, Priority, Tenant, Truncation
 from app.providers.cards import ModelCard
 from app.settings.deployments import DeploymentSettings, LocalDeployment, RemoteDeployment
 from app.settings.values import (
+    DatabaseUrl,
     FilePath,
     Host,
     Name,
     Names,
     OptionalName,
     OptionalSecret,
+    PerMinute,
+    RedisUrl,
     Seconds,
     Secrets,
+    SecretsIfAny,
     Section,
     Spill,
 )
@@ -33,13 +37,17 @@ VOCABULARIES: Final = ("cl100k_base", "estimate")
 
 
 class ServerSettings(Section):
-    """`[server]`; port 0 lets the system choose, log_file "" is the standard error stream."""
+    """`[server]`; port 0 lets the system choose, log_file "" is the standard error stream.
+
+    `secret` is what every key of ours is made from, then those that were it before.
+    """
 
     host: Host = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
     deadline_s: Seconds = 30.0
     log_sample: float = Field(default=1.0, ge=0, le=1)
     log_file: FilePath = ""
+    secret: SecretsIfAny = ()
     admin_key: OptionalSecret = None
 
     @property
@@ -60,14 +68,26 @@ class QueueSettings(Section):
 
 
 class CacheSettings(Section):
-    """`[cache]`; 0 bytes keep nothing."""
+    """`[cache]`; memory of 0 bytes keeps nothing, a bound of 0 on the database is none."""
 
     memory_bytes: int = Field(default=2**28, ge=0, le=2**40)
+    redis_ttl_s: int = Field(default=604_800, ge=1, le=31_536_000)
+    sql_max_bytes: int = Field(default=0, ge=0, le=2**50)
+    sql_max_age_days: int = Field(default=0, ge=0, le=36_500)
+    float16: bool = False
+    compression: Literal["none", "zstd"] = "none"
 
 
 class StoresSettings(Section):
-    """`[stores]`; `data_dir` keeps what must outlive the process."""
+    """`[stores]`; `data_dir` keeps what must outlive the process, unless a database does.
 
+    `max_replicas` is into how many parts quotas fall while Redis is gone.
+    """
+
+    redis_url: RedisUrl = None
+    database_url: DatabaseUrl = None
+    cache_redis_url: RedisUrl = None
+    max_replicas: int = Field(default=4, ge=1, le=10_000)
     data_dir: FilePath = Field(default="~/.local/share/embedgate", min_length=1)
 
 
@@ -113,10 +133,22 @@ class TenantSettings(Section):
     weight: float = Field(default=1.0, gt=0, le=1000)
     priority: Literal["interactive", "default", "bulk"] = "default"
     models: Names = ("*",)
+    requests_per_minute: PerMinute = 0
+    tokens_per_minute: PerMinute = 0
+    max_in_flight: int = Field(default=0, ge=0, le=100_000)
+    cache_group: OptionalName = ""
 
     def tenant(self, name: str) -> Tenant:
         """The noun, under its name."""
-        return Tenant(name, self.weight, Priority[self.priority.upper()], frozenset(self.models))
+        return Tenant(
+            name, self.weight, Priority[self.priority.upper()], frozenset(self.models), self.cache_group, self.limits
+        )  # fmt: skip
+
+    @property
+    def limits(self) -> Limits | None:
+        """What its requests may use together, if that is limited."""
+        limits = (self.requests_per_minute, self.tokens_per_minute, self.max_in_flight)
+        return Limits(*limits) if any(limits) else None
 
 
 @dataclass(frozen=True, slots=True)

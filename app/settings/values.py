@@ -64,6 +64,24 @@ def _place(path: str) -> str:
     return path
 
 
+def _store_url(*schemes: str) -> AfterValidator:
+    """A URL of one of `schemes`; the errors never show it, since it may hold a password."""
+
+    def check(url: SecretStr | None) -> SecretStr | None:
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url.get_secret_value())
+            sound = parts.scheme in schemes and (bool(parts.hostname) or parts.scheme == "sqlite") and parts.port != 0
+        except ValueError:
+            sound = False
+        if not sound:
+            raise ValueError(f"must be a URL that begins with {' or '.join(f'{scheme}://' for scheme in schemes)}")
+        return url
+
+    return AfterValidator(check)
+
+
 def _base_url(url: str) -> str:
     try:
         parts = urlsplit(url)
@@ -111,8 +129,13 @@ FilePath: TypeAlias = Annotated[str, AfterValidator(_place)]
 
 Secret: TypeAlias = Annotated[SecretStr, BeforeValidator(_secret)]
 OptionalSecret: TypeAlias = Annotated[Secret | None, BeforeValidator(lambda value: None if value == "" else value)]
+RedisUrl: TypeAlias = Annotated[OptionalSecret, _store_url("redis", "rediss", "redis+cluster", "rediss+cluster")]
+DatabaseUrl: TypeAlias = Annotated[OptionalSecret, _store_url("postgresql", "postgres", "sqlite")]
 Names: TypeAlias = Annotated[tuple[str, ...], _Listed, Field(min_length=1), AfterValidator(_distinct)]
 Secrets: TypeAlias = Annotated[tuple[Secret, ...], _Listed, _OneOrMore, Field(min_length=1)]
+SecretsIfAny: TypeAlias = Annotated[
+    tuple[Secret, ...], _Listed, _OneOrMore, BeforeValidator(lambda value: () if value == "" else value)
+]
 Spans: TypeAlias = Annotated[
     tuple[Annotated[float, Field(gt=0, le=3600)], ...], _Listed, Field(min_length=1, max_length=8)
 ]

@@ -107,7 +107,7 @@ def expected(texts: Sequence[str], model: str = SMALL, dimensions: int = 1536) -
 async def serving(folder: Path, text: str) -> AsyncIterator[tuple[str, EdgeServer, Runtime, httpx.AsyncClient]]:
     """A service with the configuration `text`: its URL without path, and what it is made of."""
     (folder / "embedgate.toml").write_text(text)
-    settings = load(folder / "embedgate.toml", {})
+    settings = load(folder / "embedgate.toml", {"EMBEDGATE_STORES__DATA_DIR": str(folder / "data")})
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     async with asyncio.TaskGroup() as group:
         with listening("127.0.0.1", 0) as listener:

@@ -129,7 +129,9 @@ async def test_a_cancelled_call_leaves_a_working_provider(subject: Subject) -> N
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
     await provider.embed(TEXTS, space, timeout_s=30)
-    assert asyncio.all_tasks() <= before
+    async with asyncio.timeout(5):  # a provider that is a whole gateway has something to write afterwards
+        while not asyncio.all_tasks() <= before:  # noqa: ASYNC110 — there is no event for it
+            await asyncio.sleep(0.01)
 
 
 # ── those who call somebody ─────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,90 @@
+"""Hides the routes for operators: how full the cache is, filling it in advance, saying what is no longer wanted."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request
+
+from app.api import openapi
+from app.api.auth import Keys, authorizations
+from app.api.errors import unknown_url
+from app.api.exchange import read_body
+from app.cache_desk import CacheDesk, Invalidation, Warming
+from app.domain import ANONYMOUS
+from app.errors import InvalidRequest, ProviderUnavailable
+from app.runtime import Runtime
+from app.storage.level import LevelDown
+
+_T = TypeVar("_T")
+
+
+class WarmRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Texts of which vectors are wanted in the cache."""
+
+    model: str
+    texts: list[str] = msgspec.field(name="input")
+    input_type: Literal["query", "document"] | None = None
+    cache_group: str = ""
+
+
+def admin_only(runtime: Runtime) -> Callable[[Request], None]:
+    """What lets operators pass: everybody on loopback, elsewhere who has the admin key; without one nobody."""
+    server = runtime.settings.server
+    admin = Keys({server.admin_key.get_secret_value(): ANONYMOUS} if server.admin_key else {})
+
+    def check(request: Request) -> None:
+        if server.loopback:
+            return
+        if server.admin_key is None:
+            raise unknown_url(request.method, request.url.path)
+        admin.tenant(authorizations(request.scope["headers"]))
+
+    return check
+
+
+def add(api: FastAPI, runtime: Runtime) -> None:
+    """Adds the routes to `api`."""
+    check, desk = admin_only(runtime), CacheDesk(runtime)
+
+    @api.get("/admin/cache", **openapi.CACHE_STATS)
+    async def cache_stats(request: Request) -> dict[str, Any]:
+        """How full each level of the cache is, nearest first; null for one that cannot say now."""
+        check(request)
+        stats = await desk.stats()
+        return {
+            name: None if each is None else {"entries": each.entries, "bytes": each.used_bytes, "max": each.max_bytes}
+            for name, each in stats.items()
+        }
+
+    @api.post("/admin/cache/invalidate", **openapi.CACHE_INVALIDATE)
+    async def cache_invalidate(request: Request) -> dict[str, int]:
+        """Makes vectors unreachable in every process within 5 s; says how many rows left the database."""
+        check(request)
+        wanted = await _body(request, Invalidation)
+        try:
+            return {"rows": await desk.invalidate(wanted)}
+        except LevelDown as error:
+            raise ProviderUnavailable(1.0) from error
+
+    @api.post("/admin/cache/warm", **openapi.CACHE_WARM)
+    async def cache_warm(request: Request) -> dict[str, int]:
+        """Embeds at bulk priority what is not kept yet."""
+        check(request)
+        wanted, done = await _body(request, WarmRequest), Warming()
+        texts = desk.warm(wanted.model, wanted.texts, input_type=wanted.input_type, cache_group=wanted.cache_group)
+        async for step in texts:
+            done = step
+        return {"texts": done.texts, "kept": done.kept, "failed": done.failed, "tokens": done.tokens}
+
+
+async def _body(request: Request, kind: type[_T]) -> _T:
+    """The JSON body as a `kind`; read within the bounds of the embeddings route."""
+    length = request.headers.get("content-length", "0")
+    body = await read_body(request.receive, length.encode() if length.isdecimal() else None)
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"The body is not understood: {error}.", code="invalid_value") from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise InvalidRequest("The body is not valid JSON.", code="invalid_json") from None
