@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from typing import Final
 
 import msgspec
+from aiolimiter import AsyncLimiter
 
 from app.domain import EmbeddingRequest, InputType, Priority, Tenant, Truncation
 from app.engine.intake import space_for
@@ -70,19 +72,28 @@ class CacheDesk:
         return await stores.sql.forget(spaces, made_before_s=made_before_s)
 
     async def warm(
-        self, model: str, texts: Iterable[str], *, input_type: InputType | None = None, cache_group: str = ""
+        self,
+        model: str,
+        texts: Iterable[str],
+        *,
+        input_type: InputType | None = None,
+        cache_group: str = "",
+        requests_per_minute: int = 0,
     ) -> AsyncIterator[Warming]:
         """Embeds at bulk priority what is not kept yet, and tells how far it has come.
 
-        A request that is refused is tried text by text, so that one bad text does not keep the others out.
+        A request, of `MOST_TEXTS`, that is refused is tried text by text, so that one bad text does not keep the
+        others out. 0 `requests_per_minute`: as fast as the quotas allow.
         """
         tenant = Tenant("cache warm", cache_group=cache_group)
+        pace = AsyncLimiter(1, 60 / requests_per_minute) if requests_per_minute else nullcontext()
         done, rest = Warming(), iter(texts)
         while chunk := tuple(islice(rest, MOST_TEXTS)):
             deadline = time.monotonic() + _WARM_DEADLINE_S
             request = EmbeddingRequest(tenant, model, chunk, deadline, Priority.BULK, input_type=input_type)
             try:
-                await self._embed(request, done)
+                async with pace:
+                    await self._embed(request, done)
             except InvalidRequest:
                 for text in chunk:
                     try:

@@ -35,7 +35,7 @@ DATABASE_FILE: Final = "embedgate.db"
 """In `data_dir`, where no database is named."""
 
 _LEVEL_S = 0.05  # how long a request waits for a level of the cache
-_SWEEP_S = 300.0
+_SWEEP_S, _LOOK_S = 300.0, 5.0
 _AGAIN_S = 5.0
 
 
@@ -54,7 +54,10 @@ class Stores:
         self._tasks = asyncio.TaskGroup()
         self._background: list[asyncio.Task[None]] = []
         self._complaint: str | None = None
+        self.shares: RedisShares | None = None
+        """How replicas tell each other whom they served; None for a lone one."""
         self._prepared = False
+        self._crowded = False
         self._redis: RedisServer | None = None
         self._watched: dict[str, Database | RedisServer] = {}
         self.replica = secrets.token_hex(8)
@@ -73,6 +76,7 @@ class Stores:
             self._watched["database"] = self.database
             await self._prepare()
             self._redis = await self._server(stack, "redis", self._settings.stores.redis_url)
+            self.shares = RedisShares(self._redis, self.replica) if self._redis else None
             self.cache = await stack.enter_async_context(await self._cache(stack))
             await stack.enter_async_context(self._tasks)
             self._watch()
@@ -95,11 +99,6 @@ class Stores:
             lambda: [(("shared",), float(limiter.shared)), (("alone",), float(not limiter.shared))],
         )  # fmt: skip
         return await stack.enter_async_context(limiter)
-
-    @property
-    def shares(self) -> RedisShares | None:
-        """How replicas tell each other whom they served; None for a lone one."""
-        return None if self._redis is None else RedisShares(self._redis, self.replica)
 
     @property
     def landmarks(self) -> SqlLandmarks:
@@ -171,14 +170,28 @@ class Stores:
                 self._telemetry.store_warned(store="database", warning=str(error))
                 return
         while True:
-            await asyncio.sleep(_SWEEP_S)
+            for _ in range(round(_SWEEP_S / _LOOK_S)):
+                await asyncio.sleep(_LOOK_S)
+                self._count_replicas()
             with suppress(LevelDown):
                 await self.sql.sweep()
+
+    def _count_replicas(self) -> None:
+        """Warns, once, of more replicas than there are parts for when Redis is gone."""
+        most, there = self._settings.stores.max_replicas, self.shares.replicas if self.shares else 1
+        if there > most and not self._crowded:
+            text = f"{there} replicas, but stores.max_replicas is {most}: without Redis they would break the quotas"
+            self._telemetry.store_warned(store="redis", warning=text)
+        self._crowded = there > most
 
     def _watch(self) -> None:
         self._telemetry.watch(
             "embedgate_store_up", "1 while a store can be asked", ("store",),
             lambda: [((name,), float(store.up)) for name, store in self._watched.items()],
+        )  # fmt: skip
+        self._telemetry.watch(
+            "embedgate_replicas", "Replicas that were there lately", (),
+            lambda: [((), self.shares.replicas if self.shares else 1)],
         )  # fmt: skip
 
     def _stop(self) -> None:

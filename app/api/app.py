@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api import embeddings, ops
-from app.api.auth import Keys
+from app.api.auth import Attempts, Keys
 from app.api.errors import reply_to
 from app.api.exchange import refuse, request_id
 from app.runtime import Runtime
@@ -18,8 +18,9 @@ _CLOSE = (b"connection", b"close")
 def create_app(runtime: Runtime) -> ASGIApp:
     """The whole HTTP face of `runtime` as an ASGI application. Called inside the event loop that will serve it."""
     keys = Keys(runtime.tenants)
-    hot = embeddings.EmbeddingsRoute(runtime, keys)
-    rest = _stamped(ops.framework(runtime, keys), runtime)
+    attempts = Attempts()
+    hot = embeddings.EmbeddingsRoute(runtime, keys, attempts)
+    rest = _stamped(ops.framework(runtime, keys, attempts), runtime)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         answer = hot if scope["type"] == "http" and scope["path"] == embeddings.PATH else rest

@@ -5,8 +5,12 @@ import secrets
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 
+from aiolimiter import AsyncLimiter
+from cachetools import LRUCache
+from starlette.types import Scope
+
 from app.domain import ANONYMOUS, Tenant
-from app.errors import Unauthenticated
+from app.errors import RateLimited, Unauthenticated
 
 _SCHEME = b"Bearer "
 _NO_KEY = "You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY'."
@@ -38,6 +42,27 @@ class Keys:
 
     def _digest(self, key: bytes) -> bytes:
         return blake2b(key, key=self._secret, digest_size=32).digest()
+
+
+class Attempts:
+    """How many wrong keys may come from one address: after `MOST` in a minute it is told to wait, right keys pass."""
+
+    MOST = 30
+    _SOURCES = 10_000  # remembered; the least recent is forgotten first
+
+    def __init__(self) -> None:
+        self._limiters: LRUCache[str, AsyncLimiter] = LRUCache(self._SOURCES)
+
+    async def failed(self, scope: Scope) -> None:
+        """One more from where `scope` comes. Raises RateLimited."""
+        source = (scope.get("client") or ("",))[0]
+        limiter = self._limiters.get(source)
+        if limiter is None:
+            limiter = self._limiters[source] = AsyncLimiter(self.MOST, 60)
+        if not limiter.has_capacity():
+            text = "Too many requests with a wrong API key. Please try again later."
+            raise RateLimited(text, kind="requests", retry_after_s=60 / self.MOST)
+        await limiter.acquire()
 
 
 def authorizations(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:

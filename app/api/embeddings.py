@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from starlette.types import Receive, Scope, Send
 
 from app.api import bulky, wire
-from app.api.auth import Keys, authorizations
+from app.api.auth import Attempts, Keys, authorizations
 from app.api.errors import (
     Header,
     compressed_body,
@@ -18,7 +18,7 @@ from app.api.errors import (
 )
 from app.api.exchange import Attended, Begun, CallerLeft, read_body, refuse, request_id, send_whole
 from app.domain import ANONYMOUS, EmbeddingResult, Tenant
-from app.errors import EmbedgateError, ShuttingDown
+from app.errors import EmbedgateError, ShuttingDown, Unauthenticated
 from app.runtime import Runtime
 
 PATH = "/v1/embeddings"
@@ -47,7 +47,8 @@ class _Visit:
 class EmbeddingsRoute:
     """The ASGI application behind `PATH`, any method."""
 
-    def __init__(self, runtime: Runtime, keys: Keys) -> None:
+    def __init__(self, runtime: Runtime, keys: Keys, attempts: Attempts) -> None:
+        self._attempts = attempts
         self._runtime = runtime
         self._keys = keys
         self._clock = time.monotonic
@@ -71,7 +72,11 @@ class EmbeddingsRoute:
 
     async def _serve(self, visit: _Visit, scope: Scope, receive: Receive, send: Send) -> None:
         runtime = self._runtime
-        self._admit(visit, scope)
+        try:
+            self._admit(visit, scope)
+        except Unauthenticated:
+            await self._attempts.failed(scope)
+            raise
         body = await read_body(receive, visit.headers.get(b"content-length"))
         visit.body_read = True
         visit.started_s = now_s = self._clock()

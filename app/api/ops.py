@@ -1,5 +1,6 @@
 """Hides the routes beside the hot one: the models there are, whether this process lives and can serve, its metrics."""
 
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -8,18 +9,19 @@ from starlette.exceptions import HTTPException
 
 from app import __version__
 from app.api import admin, openapi
-from app.api.auth import Keys, authorizations
+from app.api.auth import Attempts, Keys, authorizations
 from app.api.errors import HttpRefusal, NotReady, method_not_allowed, reply_to, unknown_url
 from app.domain import Route, Tenant
-from app.errors import EmbedgateError, UnknownModel
+from app.errors import EmbedgateError, RateLimited, Unauthenticated, UnknownModel
 from app.runtime import Runtime
 
 
-def framework(runtime: Runtime, keys: Keys) -> FastAPI:
+def framework(runtime: Runtime, keys: Keys, attempts: Attempts) -> FastAPI:
     """A FastAPI application with every route but the hot one; its errors have our envelope."""
     api = FastAPI(title="embedgate", version=__version__, redoc_url=None, redirect_slashes=False)
     api.add_exception_handler(HTTPException, _as_refusal)
     api.add_exception_handler(EmbedgateError, _as_reply)
+    api.add_exception_handler(Unauthenticated, partial(_as_failed_attempt, attempts))
     _add_models(api, runtime, keys)
     _add_probes(api, runtime)
     _add_metrics(api, runtime)
@@ -85,6 +87,14 @@ async def _as_refusal(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         return await _as_reply(request, unknown_url(method, path))
     return await _as_reply(request, HttpRefusal(error.status_code, "The request cannot be served."))
+
+
+async def _as_failed_attempt(attempts: Attempts, request: Request, error: Exception) -> Response:
+    try:
+        await attempts.failed(request.scope)
+    except RateLimited as limited:
+        return await _as_reply(request, limited)
+    return await _as_reply(request, error)
 
 
 async def _as_reply(_: Request, error: Exception) -> Response:

@@ -101,7 +101,8 @@ class _Window:
         self.advance(at_us)
         newest = at_us // self._slot_us
         for back in range(self.slots):
-            self.add((newest - back) * self._slot_us, self.limit * (back + 1) // self.slots - self.level)
+            missing = self.limit * (back + 1) // self.slots - self.level
+            self.add((newest - back) * self._slot_us, max(0, missing))
 
     def history(self, now_us: int) -> list[tuple[int, int]]:
         slots = range(self._newest - self.slots + 1, self._newest + 1)
@@ -273,9 +274,7 @@ class Quota:
         self._rate = _WHOLE
         self._regains_from_us = 0
         self._cut_again_us = 0
-        if unknown_until_us is not None:
-            self._requests.fill(unknown_until_us)
-            self._tokens.fill(unknown_until_us)
+        self.fill(unknown_until_us)
 
     def reserve(self, claim: Claim, grant_id: str, now_us: int, asker: str = "") -> Grant | NotYet:
         """See `ports.Limiter`. A refused claim keeps its place while `asker` asks for it again every 5 s or sooner."""
@@ -340,11 +339,18 @@ class Quota:
         self._advance(max(now_us, self._frontier_us))
         return self._tokens.history(now_us), self._requests.history(now_us)
 
-    def stand_in(self, slots: int) -> "Quota":
-        """One that goes on from what is known here, by itself, with so many slots."""
+    def stand_in(self, slots: int, *, unknown_until_us: int | None = None) -> "Quota":
+        """One that goes on from what is known here, by itself, with so many slots; see the constructor."""
         other = copy.deepcopy(self)
         other.most_slots = slots
+        other.fill(unknown_until_us)
         return other
+
+    def fill(self, unknown_until_us: int | None) -> None:
+        """Takes for granted all that could have been, up to then."""
+        if unknown_until_us is not None:
+            self._requests.fill(unknown_until_us)
+            self._tokens.fill(unknown_until_us)
 
     def _asks(self, claim: Claim, now_us: int, asker: str) -> tuple[_Place | None, int, _Ask, _Ask]:
         """The claim's own place if it has one, who comes first, and its asks for tokens and requests behind those."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,6 +20,8 @@ TICK_S: Final = 1.0
 """How often leases are renewed and books compared."""
 
 _LEASE_US = 5 * S_US  # a replica that is gone holds its slots for so long
+_KEPT_UP_S = 60.0  # how long the books of an account are kept up after it was asked for
+_FRESH_S = 5.0  # books that were not kept up for longer say nothing about the present
 _RETURN_S = 1.5  # how long all replicas book what they grant by themselves, before they share again
 _QUICK_S = 0.03  # what failed sooner was not a server too slow, so asking again is worth it
 _QUOTA = Script("quota")
@@ -51,6 +54,8 @@ class _Account:
     seen: tuple[int, int, int, int] = (0, 0, 0, 0)
     alone: Quota | None = None
     unreported: list[tuple[int, int, int]] = field(default_factory=list)
+    asked_at: float = -math.inf
+    heard_at: float = -math.inf
     open: set[str] = field(default_factory=set)
     open_alone: set[str] = field(default_factory=set)
     settling: set[asyncio.Task[None]] = field(default_factory=set)
@@ -116,6 +121,7 @@ class RedisLimiter:
         account = self._accounts.get(claim.account)
         if account is None:
             return Grant(grant_id, claim.account, claim.tokens_max, max(claim.requests, claim.requests_max))
+        account.asked_at = self._clock()
         if account.settling:
             await asyncio.wait(account.settling)
         if self.shared:
@@ -227,6 +233,7 @@ class RedisLimiter:
             if answer.serial <= serial:
                 return
             account.books.charge(answer.tokens - tokens, answer.requests - requests, self._now_us())
+        account.heard_at = self._clock()
         account.seen = (answer.born, answer.serial, answer.tokens, answer.requests)
 
     # ── alone ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -236,7 +243,10 @@ class RedisLimiter:
         scale = self._max_replicas
         if account.alone is None:
             slots = account.limits.max_in_flight
-            account.alone = account.books.stand_in(max(1, slots // scale) if slots else 0)
+            stale = self._clock() - account.heard_at > _FRESH_S
+            account.alone = account.books.stand_in(
+                max(1, slots // scale) if slots else 0, unknown_until_us=self._now_us() if stale else None
+            )
         wish = replace(
             claim,
             tokens_min=claim.tokens_min * scale,
@@ -267,8 +277,9 @@ class RedisLimiter:
         """Renews the leases of what is under way, reports what is not known, and reads what the others were granted."""
         while True:
             await asyncio.sleep(TICK_S)
+            used_since = self._clock() - _KEPT_UP_S
             for account in self._accounts.values():
-                if self._server.up:
+                if self._server.up and (account.open or account.unreported or account.asked_at > used_since):
                     with suppress(StoreDown):
                         await self._run(account, "renew", {"ids": [*account.open], "lease_us": _LEASE_US})
 

@@ -156,3 +156,20 @@ async def test_without_keys_everybody_may_call(tmp_path: Path) -> None:
         answers: list[httpx.Response] = [await edge.post({"model": SMALL, "input": "x"})]
         answers.append(await edge.http.post(PATH, json={"model": SMALL, "input": "x"}))
     assert [each.status_code for each in answers] == [200, 200]
+
+
+async def test_whoever_tries_keys_is_told_to_wait_and_whoever_has_one_is_not(tmp_path: Path) -> None:
+    """From one address thirty wrong keys a minute, on whatever route; right ones pass all the same."""
+    async with running(tmp_path) as edge:
+        for path in ("/v1/models", "/v1/embeddings"):
+            codes = []
+            for number in range(31):
+                answer = await edge.http.request(
+                    "GET" if path == "/v1/models" else "POST", path, headers={"authorization": f"Bearer guess{number}"}
+                )
+                codes.append(answer.status_code)
+            assert codes[-1] == 429
+            assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+            assert 2 <= int(answer.headers["retry-after"]) <= 3
+        assert codes[0] == 429
+        assert (await edge.post({"model": SMALL, "input": "with a key"})).status_code == 200
