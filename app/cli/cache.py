@@ -80,6 +80,9 @@ def warm(
         Literal["query", "document"] | None, typer.Option(help="For models that tell them apart.")
     ] = None,
     cache_group: Annotated[str, typer.Option(help="Of the tenants that will ask; default: those that name none.")] = "",
+    requests_per_minute: Annotated[
+        int, typer.Option(min=0, help="Of up to 256 texts; 0: as fast as the quotas allow.")
+    ] = 0,
     as_json: _Json = False,
 ) -> None:
     """See `_WARM`."""
@@ -90,7 +93,10 @@ def warm(
 
         done = Warming()
         async with _tool(settings) as runtime:
-            steps = CacheDesk(runtime).warm(model, _texts(file), input_type=input_type, cache_group=cache_group)
+            steps = CacheDesk(runtime).warm(
+                model, _texts(file), input_type=input_type, cache_group=cache_group,
+                requests_per_minute=requests_per_minute,
+            )  # fmt: skip
             started = time.monotonic()
             async for done in steps:
                 _show(done, started)
