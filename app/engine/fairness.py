@@ -25,6 +25,15 @@ class _TenantFlow:
     def head(self) -> WorkItem:
         return self.requests[0][-1]
 
+    @property
+    def due(self) -> float:
+        """What it will have been served with its next text."""
+        return self.tag + self.cost(self.head())
+
+    def cost(self, item: WorkItem) -> float:
+        """What a text counts for it."""
+        return max(item.tokens, 1) / self.weight
+
     def advance(self) -> WorkItem:
         request = self.requests[0]
         item = request.pop()
@@ -59,10 +68,9 @@ class Lane:
         """Lets `items` wait as one turn-taker of the request's tenant."""
         flow = self._flows.get(request.tenant.name)
         if flow is None:
-            floor = self._heap[0][0] if self._heap else self._floor
-            tag = max(floor, self._idle_tags.pop(request.tenant.name, 0.0))
+            tag = max(self.level, self._idle_tags.pop(request.tenant.name, 0.0))
             flow = self._flows[request.tenant.name] = _TenantFlow(request.tenant.name, request.tenant.weight, tag)
-            heapq.heappush(self._heap, (tag, next(self._ties), flow))
+            heapq.heappush(self._heap, (tag + flow.cost(items[0]), next(self._ties), flow))
             self.weight += flow.weight
         flow.requests.append(list(reversed(items)))
         flow.tokens += sum(item.tokens for item in items)
@@ -79,7 +87,7 @@ class Lane:
     @property
     def level(self) -> float:
         """How much the tenant has been served that goes next, or that would if it came now."""
-        return self._heap[0][0] if self._heap else self._floor
+        return self._heap[0][2].tag if self._heap else self._floor
 
     @property
     def rank(self) -> float:
@@ -115,7 +123,7 @@ class Lane:
                 elif self._heap:
                     self._idle_tags[name] = max(self._idle_tags.get(name, 0.0), self.level) + amount
         if self._heap:
-            self._heap = [(flow.tag, tie, flow) for _, tie, flow in self._heap]
+            self._heap = [(flow.due, tie, flow) for _, tie, flow in self._heap]
             heapq.heapify(self._heap)
         elif levels:
             self._floor = max(self._floor, min(levels))
@@ -135,15 +143,15 @@ class Lane:
 
     def advance(self, *, charge: bool) -> WorkItem:
         """Removes the head; `charge` its tokens to its tenant (not for texts that nobody wants any more)."""
-        tag, tie, flow = self._heap[0]
+        _, tie, flow = self._heap[0]
         item = flow.advance()
-        self._floor = tag
+        self._floor = flow.tag
         if charge:
-            amount = max(item.tokens, 1) / flow.weight
-            flow.tag = tag + amount
+            amount = flow.cost(item)
+            flow.tag += amount
             self._served[flow.name] = self._served.get(flow.name, 0.0) + amount
         if flow.requests:
-            heapq.heapreplace(self._heap, (flow.tag, tie, flow))
+            heapq.heapreplace(self._heap, (flow.due, tie, flow))
         else:
             heapq.heappop(self._heap)
             self._retire(flow)
@@ -157,7 +165,7 @@ class Lane:
             return
         self._idle_tags[flow.name] = flow.tag
         if len(self._idle_tags) > 1024 + 2 * len(self._flows):
-            floor = self._heap[0][0]
+            floor = self.level
             self._idle_tags = {name: tag for name, tag in self._idle_tags.items() if tag > floor}
 
     def tokens_before(self, request: EmbeddingRequest, tokens: int) -> float:
@@ -176,7 +184,7 @@ class Lane:
             kept = ([item for item in request if self.holds(item)] for request in flow.requests)
             flow.requests = deque(request for request in kept if request)
             flow.tokens = sum(item.tokens for request in flow.requests for item in request)
-        self._heap = [entry for entry in self._heap if entry[2].requests]
+        self._heap = [(flow.due, tie, flow) for _, tie, flow in self._heap if flow.requests]
         heapq.heapify(self._heap)
         for flow in [flow for flow in self._flows.values() if not flow.requests]:
             self._retire(flow)

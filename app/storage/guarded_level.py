@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ PIECE_ITEMS = 256
 
 _FAILURES = 3
 _REST_S = 1.0
+_GATHER_S = 0.1  # how long a value waits for company before it is written
 
 
 class CacheTelemetry(Protocol):
@@ -72,6 +74,7 @@ class GuardedLevel:
         self._waiting_bytes = 0
         self._no_writes_before = -float("inf")
         self._wake = asyncio.Event()
+        self._enough = asyncio.Event()
         self._closing = False
 
     # ── reads ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -135,18 +138,25 @@ class GuardedLevel:
             self._waiting_bytes += write.size_bytes - (before.size_bytes if before else 0)
             self._writes[key] = write
         self._wake.set()
+        if len(self._writes) >= PIECE_ITEMS:
+            self._enough.set()
         self._count_dropped(dropped, "down" if resting else "full")
 
     def close(self) -> None:
         """Lets `drain` end as soon as nothing waits any more."""
         self._closing = True
         self._wake.set()
+        self._enough.set()
 
     async def drain(self) -> None:
-        """Writes what waits until the level is closed."""
+        """Writes what waits until the level is closed: not each by itself, since who asks next would pay for that."""
         while not self._closing or self._writes:
             await self._wake.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_GATHER_S):
+                    await self._enough.wait()
             self._wake.clear()
+            self._enough.clear()
             writes, self._writes = self._writes, {}
             taken_bytes = sum(write.size_bytes for write in writes.values())
             try:

@@ -12,7 +12,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, ReadOnlyError, RedisError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisClusterException, RedisError
 
 _T = TypeVar("_T")
 
@@ -20,6 +20,7 @@ _FAILURES = 3  # in a row, then nobody is kept waiting any more
 _PROBE_S = 0.5
 _CONNECTIONS = 16
 _CLUSTER = "redis+cluster://", "rediss+cluster://"
+_FOREIGN = (RedisError, RedisClusterException, OSError)  # TimeoutError is an OSError
 
 
 class StoreDown(Exception):
@@ -53,6 +54,7 @@ class RedisServer:
         self._failures = 0
         self._tasks = asyncio.TaskGroup()
         self._pending: set[asyncio.Task[None]] = set()
+        self._slots = asyncio.Semaphore(_CONNECTIONS)  # a cluster's client refuses where a lone server's would wait
         self._watching: asyncio.Task[None] | None = None
         self.up = True
         """Whether it is worth asking."""
@@ -69,7 +71,7 @@ class RedisServer:
         if self._watching is not None:
             self._watching.cancel()
         await self._tasks.__aexit__(None, None, None)
-        with suppress(RedisError, OSError):
+        with suppress(*_FOREIGN):
             await self._client.aclose()
 
     async def call(self, use: Callable[[Redis], Awaitable[_T]]) -> _T:
@@ -79,7 +81,12 @@ class RedisServer:
         answer: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
         task = self._tasks.create_task(self._use(use, answer))
         self._pending.add(task)
-        task.add_done_callback(self._pending.discard)
+
+        def ended(_: object) -> None:
+            self._pending.discard(task)
+            _fail(answer, "abandoned")  # unless there is one; a task may be cancelled before it begins
+
+        task.add_done_callback(ended)
         return await answer
 
     async def run(self, script: Script, keys: Sequence[str], arguments: Sequence[bytes | str | int]) -> Any:
@@ -95,15 +102,15 @@ class RedisServer:
 
     async def _use(self, use: Callable[[Redis], Awaitable[_T]], answer: asyncio.Future[_T]) -> None:
         """Never raises: what it is in belongs to everybody."""
+        asked = False
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._timeout_s), self._slots:
+                asked = True
                 result = await use(self._client)
-        except asyncio.CancelledError:
-            _fail(answer, "abandoned")
-            raise
-        except (RedisError, OSError, TimeoutError) as error:
-            _fail(answer, type(error).__name__)
-            await self._failed(error)
+        except _FOREIGN as error:
+            _fail(answer, type(error).__name__ if asked else "busy")
+            if asked:
+                await self._failed(error)
         except Exception as bug:
             if not answer.done():
                 answer.set_exception(bug)
@@ -115,7 +122,8 @@ class RedisServer:
     async def _failed(self, error: Exception) -> None:
         self._failures += 1
         if isinstance(error, ReadOnlyError) and isinstance(self._client, Redis):
-            await self._client.connection_pool.disconnect(inuse_connections=False)  # the name may lead elsewhere now
+            with suppress(*_FOREIGN):  # the name may lead elsewhere now
+                await self._client.connection_pool.disconnect(inuse_connections=False)
         if self.up and self._failures >= _FAILURES:
             self._turn(up=False, reason=type(error).__name__)
             self._abandon()
@@ -131,7 +139,7 @@ class RedisServer:
         """Asks a server that is down now and then."""
         while not self.up:
             await asyncio.sleep(_PROBE_S)
-            with suppress(RedisError, OSError, TimeoutError):
+            with suppress(*_FOREIGN):
                 async with asyncio.timeout(self._timeout_s):
                     await self._client.ping()
                 self._failures = 0

@@ -3,6 +3,7 @@
 import asyncio
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -94,7 +95,10 @@ def configured(name: str, models: Mapping[str, tuple[Server, str]]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     log = RESULTS / f"{name}.log"
     log.unlink(missing_ok=True)
-    lines = [f"[server]\nlog_sample = 1.0\nlog_file = '{log}'", f"[tenants.bench]\napi_key = '{KEY}'"]
+    stores = RESULTS / f"{name}.stores"
+    shutil.rmtree(stores, ignore_errors=True)
+    lines = [f"[server]\nlog_sample = 1.0\nlog_file = '{log}'", f"[stores]\ndata_dir = '{stores}'"]
+    lines += [f"[tenants.bench]\napi_key = '{KEY}'"]
     for model, (stand_in, limits) in models.items():
         lines += [
             f"[deployments.'{model}']\ndialect = 'openai'\nmodel = '{UPSTREAM_MODEL}'\n{limits}",

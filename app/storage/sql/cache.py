@@ -61,7 +61,8 @@ class SqlLevel:
         found: dict[bytes, bytes] = {}
         for start in range(0, len(keys), _PIECE_ITEMS):
             piece = keys[start : start + _PIECE_ITEMS]
-            rows = await self._database.read(partial(_find, keys=piece), within_s=self._within_s)
+            statement = _FOUND[self._database.dialect]
+            rows = await self._database.fetch(statement, {"keys": [*piece]}, within_s=self._within_s)
             found.update((row.key, row.value) for row in rows)
             if len(self._touched) < _MOST_TOUCHED:
                 self._touched.update(row.key for row in rows if row.touch)
@@ -151,10 +152,6 @@ class SqlLevel:
         for start in range(0, len(touched), _BATCH_ROWS):
             piece = touched[start : start + _BATCH_ROWS]
             await self._database.write(partial(_touch, keys=piece), within_s=_WRITE_S)
-
-
-async def _find(connection: AsyncConnection, keys: Sequence[bytes]) -> Sequence[Any]:
-    return (await connection.execute(_FOUND[connection.dialect.name], {"keys": [*keys]})).all()
 
 
 async def _keep(connection: AsyncConnection, rows: list[dict[str, Any]]) -> None:

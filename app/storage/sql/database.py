@@ -1,12 +1,13 @@
 """Hides how a database is asked so that it can never hold anybody up: within a time, once, or not at all."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, Generic, Literal, Self, TypeVar
 
 import asyncpg
-from sqlalchemy import literal, select
+from sqlalchemy import Executable, Row, literal, select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -91,6 +92,21 @@ class Database:
     async def read(self, use: Callable[[AsyncConnection], Awaitable[_T]], *, within_s: float) -> _T:
         """What `use` gets from a connection on which each statement stands for itself. Raises DatabaseDown."""
         return await self._ask(self._engines.single, use, within_s)
+
+    async def fetch(
+        self, statement: Executable, parameters: Mapping[str, Any], *, within_s: float
+    ) -> Sequence[Row[Any]]:  # fmt: skip
+        """The rows of one statement, the quickest way there is. Raises DatabaseDown."""
+        reader = self._engines.reader
+        if reader is None:
+            return await self.read(partial(_rows, statement=statement, parameters=parameters), within_s=within_s)
+        if not self.up:
+            raise DatabaseDown("down")
+        try:
+            async with asyncio.timeout(within_s):
+                return await reader.rows(statement, parameters)
+        except _FOREIGN as error:
+            raise DatabaseDown(_reason(error)) from None
 
     async def write(self, use: Callable[[AsyncConnection], Awaitable[_T]], *, within_s: float) -> _T:
         """What `use` gets from a connection in one transaction, committed. Raises DatabaseDown.
@@ -209,6 +225,12 @@ class Database:
         self.up = up
         if self._on_change is not None:
             self._on_change(up, reason)
+
+
+async def _rows(
+    connection: AsyncConnection, statement: Executable, parameters: Mapping[str, Any]
+) -> Sequence[Row[Any]]:  # fmt: skip
+    return (await connection.execute(statement, parameters)).all()
 
 
 async def _ping(connection: AsyncConnection) -> None:

@@ -2,7 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 from weakref import WeakSet
 
 import asyncpg
-from sqlalchemy import URL, event, make_url
+from sqlalchemy import URL, Executable, Row, create_engine, event, make_url
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ArgumentError, DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -48,6 +49,43 @@ class Lane:
     slots: asyncio.Semaphore
 
 
+class FileReader:
+    """Reads a SQLite file in a thread of its own, a statement at a time.
+
+    The asynchronous driver goes to its thread and back for each step of a statement, which takes a lone reader three
+    times as long.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite reader")
+        self._engine = create_engine(
+            URL.create("sqlite+pysqlite", database=str(path)), isolation_level="AUTOCOMMIT", hide_parameters=True
+        )
+        event.listen(self._engine, "connect", _set_pragmas)
+        self._connection: Connection | None = None
+
+    async def rows(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Row[Any]]:
+        """All of them; whoever is cancelled only stops waiting."""
+        asked = asyncio.get_running_loop().run_in_executor(self._thread, self._fetch, statement, parameters)
+        asked.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # also if nobody waits any more
+        return await asyncio.shield(asked)
+
+    async def close(self) -> None:
+        """Once what was asked has been read."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._end)
+        self._thread.shutdown(wait=False)
+
+    def _fetch(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Row[Any]]:
+        if self._connection is None:
+            self._connection = self._engine.connect()
+        return self._connection.execute(statement, parameters).all()
+
+    def _end(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._engine.dispose()
+
+
 class Engines:
     """The lanes for single statements and for transactions: one and the same server, or a file with one writer.
 
@@ -59,6 +97,7 @@ class Engines:
         self._drivers: WeakSet[Any] = WeakSet()
         self.path: Path | None = None
         """The file, if it is SQLite."""
+        self.reader: FileReader | None = None
         if scheme in {"postgresql", "postgres"}:
             engine = self._postgres(url)
             slots = asyncio.Semaphore(_POSTGRES_CONNECTIONS)
@@ -66,6 +105,7 @@ class Engines:
             self.transactions = Lane(engine, slots)
         elif scheme == "sqlite":
             self.path = _file_of(url)
+            self.reader = FileReader(self.path)
             self.single = Lane(_sqlite(self.path, _SQLITE_READERS), asyncio.Semaphore(_SQLITE_READERS))
             self.transactions = Lane(_sqlite(self.path, 1), asyncio.Semaphore(1))
             event.listen(self.transactions.engine.sync_engine, "begin", _begin_writing)
@@ -106,6 +146,8 @@ class Engines:
 
     async def close(self) -> None:
         """Ends all connections, in peace if that is quick."""
+        if self.reader is not None:
+            await self.reader.close()
         await asyncio.gather(*(_part(driver) for driver in [*self._drivers]))
         for engine in {self.single.engine, self.transactions.engine}:
             await engine.dispose()
