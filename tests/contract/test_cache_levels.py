@@ -180,7 +180,7 @@ async def test_a_level_that_fails_to_write_works_again_afterwards() -> None:
     async with cache(level, seen=seen) as tiers:
         level.down = True
         tiers.put_many(SPACE, [entry("lost")])
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
         tiers.put_many(SPACE, [entry("lost at once"), entry("too")])
         assert seen.dropped == {("sql", "down"): 3}
         level.down = False
@@ -289,6 +289,7 @@ async def test_what_was_made_too_long_ago_is_no_longer_found() -> None:
     async with cache(near, far, epochs=epochs, made_at_s=1000) as process, cache(far, made_at_s=2000) as later:
         process.put_many(SPACE, [old])
         later.put_many(SPACE, [new])
+        await asyncio.sleep(0.2)
         assert await process.get_many(SPACE, [old[0], new[0]]) == [old[1], new[1]]
         epochs.epochs[SPACE.id] = Epoch(0, not_before_s=1500)
         await asyncio.sleep(5.0)
