@@ -36,7 +36,7 @@ DATABASE_FILE: Final = "embedgate.db"
 
 _LEVEL_S = 0.05  # how long a request waits for a level of the cache
 _SWEEP_S, _LOOK_S = 300.0, 5.0
-_AGAIN_S = 5.0
+_START_S, _AGAIN_S = 10.0, 5.0
 
 
 class Stores:
@@ -74,14 +74,18 @@ class Stores:
                 open_database(self._settings, serves=self._serves, on_change=partial(self._changed, "database"))
             )
             self._watched["database"] = self.database
-            await self._prepare()
+            await stack.enter_async_context(self._tasks)
+            stack.callback(self._stop)
+            preparing = self._tasks.create_task(self._prepare(), name="stores")
+            self._background = [preparing]
+            await asyncio.wait({preparing}, timeout=_START_S)
+            if self._complaint is not None:
+                raise ConfigurationError(self._complaint)
             self._redis = await self._server(stack, "redis", self._settings.stores.redis_url)
             self.shares = RedisShares(self._redis, self.replica) if self._redis else None
             self.cache = await stack.enter_async_context(await self._cache(stack))
-            await stack.enter_async_context(self._tasks)
             self._watch()
-            self._background = [self._tasks.create_task(self._tend(), name="stores")]
-            stack.callback(self._stop)
+            self._background.append(self._tasks.create_task(self._tend(preparing), name="stores"))
             self._stack = stack.pop_all()
         return self
 
@@ -116,11 +120,15 @@ class Stores:
         return MasterSecret(configured[0], configured[1:]) if configured else own_secret(_data_dir(self._settings))
 
     async def _prepare(self) -> None:
-        """Makes sure that the tables are there and ours."""
-        with suppress(DatabaseDown):
+        """Makes sure that the tables are there and ours; never raises, since it may take longer than a start may."""
+        try:
             await migrate(self.database, only_additive=True)
             await confirm(self.database, self.secret)
             self._prepared = True
+        except DatabaseDown:
+            return
+        except ConfigurationError as error:
+            self._complaint = str(error)
 
     async def _server(self, stack: AsyncExitStack, name: str, url: SecretStr | None) -> RedisServer | None:
         if url is None:
@@ -159,16 +167,15 @@ class Stores:
 
     # ── afterwards ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _tend(self) -> None:
+    async def _tend(self, preparing: asyncio.Task[None]) -> None:
         """Goes on preparing what could not be reached, then drops what need not be kept."""
-        while not self._prepared:
+        await preparing
+        while not self._prepared and self._complaint is None:
             await asyncio.sleep(_AGAIN_S)
-            try:
-                await self._prepare()
-            except ConfigurationError as error:
-                self._complaint = str(error)
-                self._telemetry.store_warned(store="database", warning=str(error))
-                return
+            await self._prepare()
+        if self._complaint is not None:
+            self._telemetry.store_warned(store="database", warning=self._complaint)
+            return
         while True:
             for _ in range(round(_SWEEP_S / _LOOK_S)):
                 await asyncio.sleep(_LOOK_S)
