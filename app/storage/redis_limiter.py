@@ -122,6 +122,15 @@ class RedisLimiter:
         if account is None:
             return Grant(grant_id, claim.account, claim.tokens_max, max(claim.requests, claim.requests_max))
         account.asked_at = self._clock()
+        task = self._tasks.create_task(self._reserve(account, claim, grant_id))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(self._give_back)
+            raise
+
+    async def _reserve(self, account: _Account, claim: Claim, grant_id: str) -> Grant | NotYet:
+        """Goes on when its caller is gone, else nobody would know of the grant."""
         if account.settling:
             await asyncio.wait(account.settling)
         if self.shared:
@@ -137,10 +146,18 @@ class RedisLimiter:
                 await self._run(account, "charge", {})
         return answer
 
+    def _give_back(self, reserving: asyncio.Task[Grant | NotYet]) -> None:
+        """Nobody waits for this grant any more."""
+        if not reserving.cancelled() and isinstance(grant := reserving.result(), Grant):
+            self._settle(grant, 0, 0, None)
+
     async def settle(
         self, grant: Grant, tokens_used: int | None, *, requests_used: int = 1, stated: Stated | None = None
     ) -> None:
         """See `ports.Limiter`. Returns at once: whoever asks next for the same account waits until it is settled."""
+        self._settle(grant, tokens_used, requests_used, stated)
+
+    def _settle(self, grant: Grant, tokens_used: int | None, requests_used: int, stated: Stated | None) -> None:
         account = self._accounts.get(grant.account)
         if account is None:
             return

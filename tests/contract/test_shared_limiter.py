@@ -53,7 +53,7 @@ def overdrawn(judge: Judge, limit: int, *, since_s: float = 0.0) -> int:
 async def test_replicas_use_one_quota_and_never_break_it(server: TimelessServer, count: int) -> None:
     """600 s of three times the demand: in no minute more than the limit, in every full one at least 95 %."""
     async with replicas(server, count, VENDOR, most=10) as limiters:
-        judge = await offer(*limiters, for_s=600.0, late_s=0.5, callers=20, paced=True)
+        judge = await offer(*limiters, for_s=600.0, late_s=0.5, callers=12, paced=True)
     minutes = [sum(n for at, n in judge.arrivals if start <= at < start + 60.0) for start in range(60, 540, 60)]
     print(f"{count} replicas: " + " ".join(f"{used / 60_000:.1%}" for used in minutes))
     assert judge.most(60.0) <= 60_000
@@ -65,7 +65,7 @@ async def test_a_replica_that_joins_or_leaves_changes_nothing(server: TimelessSe
     """One is there from the third minute on, one until the fifth."""
     async with replicas(server, 3, VENDOR) as limiters:
         spells = [(0.0, 600.0), (180.0, 600.0), (0.0, 300.0)]
-        judge = await offer(*limiters, for_s=600.0, late_s=0.5, callers=20, paced=True, spells=spells)
+        judge = await offer(*limiters, for_s=600.0, late_s=0.5, callers=12, paced=True, spells=spells)
     minutes = [sum(n for at, n in judge.arrivals if start <= at < start + 60.0) for start in range(60, 540, 60)]
     print("joining and leaving: " + " ".join(f"{used / 60_000:.1%}" for used in minutes))
     assert judge.most(60.0) <= 60_000
@@ -224,6 +224,29 @@ async def test_a_lost_answer_is_asked_for_again_and_counted_once(redis_url: str)
             answer = await limiter.reserve(claim(1, 1000))
             assert isinstance(answer, Grant)
             assert 880 <= answer.tokens <= 900
+
+
+class Distant(TimelessServer):
+    """Takes its time."""
+
+    async def run(self, script: Script, keys: object, arguments: object) -> object:
+        """See `TimelessServer`."""
+        answer = await super().run(script, keys, arguments)  # type: ignore[arg-type]
+        await asyncio.sleep(0.02)
+        return answer
+
+
+async def test_a_grant_whose_caller_has_left_is_given_back(redis_url: str) -> None:
+    """Cancelled while the answer is under way: neither its slot nor its tokens are lost."""
+    with timeless(redis_url) as plain:
+        async with replicas(Distant(plain.client), 1, {NAME: Limits(0, 1000, max_in_flight=2)}) as (limiter,):
+            for _ in range(5):
+                asked = asyncio.create_task(limiter.reserve(claim(300)))
+                await asyncio.sleep(0.01)
+                asked.cancel()
+                await asyncio.gather(asked, return_exceptions=True)
+                await asyncio.sleep(0.1)
+            assert (await granted(limiter, claim(1, 1000))).tokens == 1000
 
 
 async def test_all_keys_of_an_account_lie_in_one_slot_of_a_cluster(server: TimelessServer) -> None:
