@@ -33,7 +33,7 @@ from app.engine.gateway import EngineParts, Gateway
 from app.engine.intake import Intake
 from app.engine.workqueue import QueueBound
 from app.errors import ProviderError
-from app.ports import Cache, Limiter, Reply
+from app.ports import Cache, Limiter, Reply, Served, Shares
 from app.storage.limiter import InProcessLimiter
 from app.storage.memory import MemoryCache
 from app.telemetry import Telemetry
@@ -185,6 +185,44 @@ class Rig:
         }
 
 
+class Noticeboard:
+    """How replicas in one process hear each other; with `torn` nobody is told and nothing heard."""
+
+    def __init__(self) -> None:
+        self.notices: list[tuple[Seat, dict[str, Served]]] = []
+        self.seats = 0
+        self.torn = False
+
+    def seat(self) -> "Seat":
+        """The place of one more replica, that hears what is said from now on."""
+        self.seats += 1
+        return Seat(self, len(self.notices))
+
+
+class Seat:
+    """See `ports.Shares`."""
+
+    def __init__(self, board: Noticeboard, read_upto: int) -> None:
+        self._board = board
+        self._read_upto = read_upto
+
+    @property
+    def replicas(self) -> int:
+        """See `ports.Shares`."""
+        return self._board.seats
+
+    async def exchange(self, own: dict[str, Served]) -> list[dict[str, Served]] | None:
+        """See `ports.Shares`."""
+        board = self._board
+        if board.torn:
+            return None
+        heard = [news for author, news in board.notices[self._read_upto :] if author is not self]
+        if own:
+            board.notices.append((self, own))
+        self._read_upto = len(board.notices)
+        return heard
+
+
 @asynccontextmanager
 async def engine(
     *providers: ScriptedProvider,
@@ -193,6 +231,8 @@ async def engine(
     bound: QueueBound | None = None,
     cache: Cache | None = None,
     limiter: Limiter | None = None,
+    shares: Shares | None = None,
+    several_tenants: bool = False,
     cuts_dimensions: bool = False,
     max_input_tokens: int = 100,
     prompts: tuple[tuple[InputType, str], ...] = (),
@@ -232,6 +272,8 @@ async def engine(
         gates=gates,
         telemetry=telemetry,
         secret=b"rig",
+        several_tenants=several_tenants,
+        shares=shares,
     )
     intake = Intake({MODEL: route}, {MODEL: Words()}, Words())
     waiting = bound or QueueBound()

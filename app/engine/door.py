@@ -36,7 +36,7 @@ class Door:
         if bought is None:
             await self._limiter.settle(grant, 0, requests_used=0)
             return
-        sent = sum(item.tokens for item in bought if item.left_at)
+        sent = sum(item.tokens for item in bought if item.flying or item.left_at)
         await self._limiter.settle(grant, sent)
 
 

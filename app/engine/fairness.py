@@ -9,6 +9,9 @@ from app.domain import EmbeddingRequest, Priority
 from app.engine.workitem import WorkItem
 from app.ports import Served
 
+_IDLE_TAGS = 1024
+"""So many tenants that do not wait are remembered before it is looked who of them is still ahead."""
+
 
 class _TenantFlow:
     """One tenant's waiting requests, which take turns text by text, so that a big one does not hold up a small one."""
@@ -43,9 +46,9 @@ class _TenantFlow:
 
 
 class Lane:
-    """One priority: tenants in order of tokens served so far, divided by weight (a virtual token counter each).
+    """One priority: tenants in order of the tokens that each will have got with its next text, divided by weight.
 
-    A tenant that comes back starts at the least counter among those waiting, so that nobody saves up idle time.
+    A tenant that comes back starts at the counter of the one that goes next, so that nobody saves up idle time.
     """
 
     def __init__(self, priority: Priority) -> None:
@@ -53,6 +56,7 @@ class Lane:
         self._heap: list[tuple[float, int, _TenantFlow]] = []
         self._flows: dict[str, _TenantFlow] = {}
         self._idle_tags: dict[str, float] = {}
+        self._most_idle_tags = _IDLE_TAGS
         self._floor = 0.0
         self._ties = itertools.count()
         self._served: dict[str, float] = {}
@@ -109,33 +113,39 @@ class Lane:
 
     def hear(self, news: Sequence[Served]) -> None:
         """What other replicas served lately counts here too; who comes newly begins where the least served one is."""
-        levels = [each.level for each in news if each.waiting] or [each.level for each in news]
-        if not self._joined and levels:
-            self._joined = True
-            self._shift(min(levels) - self.level)
         elsewhere = [each.level for each in news if each.waiting]
+        levels = elsewhere or [each.level for each in news]
         self._elsewhere = min(elsewhere, default=None)
+        moved = self._join(min(levels)) if levels else False
         for each in news:
             for name, amount in each.tokens.items():
-                flow = self._flows.get(name)
-                if flow is not None:
-                    flow.tag += amount
-                elif self._heap:
-                    self._idle_tags[name] = max(self._idle_tags.get(name, 0.0), self.level) + amount
-        if self._heap:
+                moved |= self._count(name, amount)
+        if moved:
             self._heap = [(flow.due, tie, flow) for _, tie, flow in self._heap]
             heapq.heapify(self._heap)
-        elif levels:
+        if levels and not self._heap:
             self._floor = max(self._floor, min(levels))
 
-    def _shift(self, by: float) -> None:
-        """Begins to count where the others are."""
+    def _count(self, name: str, amount: float) -> bool:
+        """Counts what a tenant was served elsewhere; whether it waits here."""
+        flow = self._flows.get(name)
+        if flow is not None:
+            flow.tag += amount
+        elif self._heap:
+            self._idle_tags[name] = max(self._idle_tags.get(name, 0.0), self.level) + amount
+        return flow is not None
+
+    def _join(self, level: float) -> bool:
+        """Begins to count where the others are, when it first hears of them; whether that moves who waits."""
+        by = 0.0 if self._joined else level - self.level
+        self._joined = True
         if by <= 0.0:
-            return
+            return False
         self._floor += by
         for flow in self._flows.values():
             flow.tag += by
         self._idle_tags = {name: tag + by for name, tag in self._idle_tags.items()}
+        return True
 
     def holds(self, item: WorkItem) -> bool:
         """Whether an entry for `item` here is live: not taken, not forgotten, not moved up since."""
@@ -164,9 +174,10 @@ class Lane:
             self._idle_tags.clear()  # nobody waits, so nobody can be ahead
             return
         self._idle_tags[flow.name] = flow.tag
-        if len(self._idle_tags) > 1024 + 2 * len(self._flows):
-            floor = self.level
-            self._idle_tags = {name: tag for name, tag in self._idle_tags.items() if tag > floor}
+        if len(self._idle_tags) > self._most_idle_tags:
+            level = self.level
+            self._idle_tags = {name: tag for name, tag in self._idle_tags.items() if tag > level}
+            self._most_idle_tags = max(_IDLE_TAGS, 2 * len(self._idle_tags))
 
     def tokens_before(self, request: EmbeddingRequest, tokens: int) -> float:
         """At most so many tokens of this lane are served before `request`'s last text, `tokens` of its own included."""

@@ -7,8 +7,11 @@ from hashlib import blake2b
 from app.engine.batcher import Batcher, CrashLog
 from app.ports import Served, Shares
 
-SHARE_S = 1.0
-"""How often they tell each other: what a tenant may get too much meanwhile is what the quota brings in that time."""
+SHARE_S = 0.5
+"""How often they tell and hear: a service is told within that time and heard within as much again.
+
+So what a tenant may get too much is what the quota brings in twice that time, a second.
+"""
 
 
 async def share(shares: Shares, batchers: Mapping[tuple[str, ...], Batcher], crashes: CrashLog) -> None:
