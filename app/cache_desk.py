@@ -1,10 +1,14 @@
 """Hides what operators do with the cache: see how full it is, fill it in advance, say what is no longer wanted."""
 
+import asyncio
+import re
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, product
+from threading import Thread
 from typing import Final
 
 import msgspec
@@ -12,7 +16,7 @@ from aiolimiter import AsyncLimiter
 
 from app.domain import EmbeddingRequest, InputType, Priority, Tenant, Truncation
 from app.engine.intake import space_for
-from app.errors import InvalidRequest, UnknownModel
+from app.errors import InvalidRequest, RejectedInput, UnknownModel
 from app.runtime import Runtime
 from app.storage.level import LevelStats, epoch_of_model
 
@@ -20,6 +24,7 @@ MOST_TEXTS: Final = 256
 """In one request of a warming: one look at each level of the cache."""
 
 _WARM_DEADLINE_S = 600.0
+_SPACE_ID = re.compile(r"s[0-9]+-[0-9a-f]{24}").fullmatch
 _INPUT_TYPES: tuple[InputType | None, ...] = (None, "query", "document")
 _TRUNCATIONS: tuple[Truncation, ...] = ("none", "end", "mean")
 
@@ -63,7 +68,7 @@ class CacheDesk:
         """
         name, spaces = self._named(wanted)
         stores = self._runtime.stores
-        made_before_s = None if wanted.older_than_s is None else int(time.time()) - wanted.older_than_s
+        made_before_s = None if wanted.older_than_s is None else max(0, int(time.time()) - wanted.older_than_s)
         if made_before_s is None:
             await stores.epochs.raise_epoch([name])
         else:
@@ -88,17 +93,19 @@ class CacheDesk:
         tenant = Tenant("cache warm", cache_group=cache_group)
         pace = AsyncLimiter(1, 60 / requests_per_minute) if requests_per_minute else nullcontext()
         done, rest = Warming(), iter(texts)
-        while chunk := tuple(islice(rest, MOST_TEXTS)):
+        if model not in self._runtime.gateway.routes:
+            raise UnknownModel(model)
+        while chunk := await _first(rest):
             deadline = time.monotonic() + _WARM_DEADLINE_S
             request = EmbeddingRequest(tenant, model, chunk, deadline, Priority.BULK, input_type=input_type)
             try:
                 async with pace:
                     await self._embed(request, done)
-            except InvalidRequest:
+            except (InvalidRequest, RejectedInput):
                 for text in chunk:
                     try:
                         await self._embed(msgspec.structs.replace(request, texts=(text,)), done)
-                    except InvalidRequest:
+                    except (InvalidRequest, RejectedInput):
                         done.failed += 1
             done.texts += len(chunk)
             yield replace(done)
@@ -117,6 +124,9 @@ class CacheDesk:
         if wanted.older_than_s is not None and wanted.older_than_s < 0:
             raise InvalidRequest("'older_than_s' must not be negative.", param="older_than_s", code="invalid_value")
         if wanted.space:
+            if not _SPACE_ID(wanted.space):
+                text = "'space' must be as the header x-embedgate-space has it."
+                raise InvalidRequest(text, param="space", code="invalid_value")
             return wanted.space, [wanted.space]
         if not wanted.model:
             return "*", None
@@ -126,3 +136,20 @@ class CacheDesk:
         ways = product(_INPUT_TYPES, _TRUNCATIONS)
         spaces = sorted({space_for(route, kind, cut).id for kind, cut in ways})
         return epoch_of_model(route.space.model), spaces
+
+
+async def _first(texts: Iterator[str]) -> tuple[str, ...]:
+    """The next of them; should they come from a pipe, only the caller waits for it, and not even the program's end."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[tuple[str, ...]] = loop.create_future()
+
+    def read() -> None:
+        try:
+            tell = partial(found.set_result, tuple(islice(texts, MOST_TEXTS)))
+        except Exception as error:
+            tell = partial(found.set_exception, error)
+        with suppress(RuntimeError):  # the loop is closed already
+            loop.call_soon_threadsafe(lambda: found.done() or tell())
+
+    Thread(target=read, daemon=True).start()
+    return await found

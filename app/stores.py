@@ -74,7 +74,8 @@ class Stores:
                 open_database(self._settings, serves=self._serves, on_change=partial(self._changed, "database"))
             )
             self._watched["database"] = self.database
-            await stack.enter_async_context(self._tasks)
+            await self._tasks.__aenter__()
+            stack.push_async_callback(self._tasks.__aexit__, None, None, None)  # what goes wrong here is told as it is
             stack.callback(self._stop)
             preparing = self._tasks.create_task(self._prepare(), name="stores")
             self._background = [preparing]
@@ -129,6 +130,7 @@ class Stores:
             return
         except ConfigurationError as error:
             self._complaint = str(error)
+            self.database.up = False  # for good: what is not ours is not asked, let alone written to
 
     async def _server(self, stack: AsyncExitStack, name: str, url: SecretStr | None) -> RedisServer | None:
         if url is None:

@@ -8,11 +8,11 @@ from fastapi import FastAPI, Request
 
 from app.api import openapi
 from app.api.auth import Keys, authorizations
-from app.api.errors import unknown_url
-from app.api.exchange import read_body
+from app.api.errors import NotReady, compressed_body, unknown_url, unsupported_media_type
+from app.api.exchange import CallerLeft, read_body
 from app.cache_desk import CacheDesk, Invalidation, Warming
 from app.domain import ANONYMOUS
-from app.errors import InvalidRequest, ProviderUnavailable
+from app.errors import InvalidRequest
 from app.runtime import Runtime
 from app.storage.level import LevelDown
 
@@ -65,7 +65,7 @@ def add(api: FastAPI, runtime: Runtime) -> None:
         try:
             return {"rows": await desk.invalidate(wanted)}
         except LevelDown as error:
-            raise ProviderUnavailable(1.0) from error
+            raise NotReady(["the database cannot be asked"]) from error
 
     @api.post("/admin/cache/warm", **openapi.CACHE_WARM)
     async def cache_warm(request: Request) -> dict[str, int]:
@@ -79,12 +79,20 @@ def add(api: FastAPI, runtime: Runtime) -> None:
 
 
 async def _body(request: Request, kind: type[_T]) -> _T:
-    """The JSON body as a `kind`; read within the bounds of the embeddings route."""
-    length = request.headers.get("content-length", "0")
-    body = await read_body(request.receive, length.encode() if length.isdecimal() else None)
+    """The JSON body as a `kind`; read within the bounds of the embeddings route.
+
+    It must say that it is JSON: a page in a browser on this machine may send anything else without asking first.
+    """
+    headers = request.headers
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise unsupported_media_type()
+    if headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise compressed_body()
+    length = headers.get("content-length", "0")
     try:
+        body = await read_body(request.receive, length.encode() if length.isdecimal() else None)
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"The body is not understood: {error}.", code="invalid_value") from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, CallerLeft):  # whoever left hears nothing of it
         raise InvalidRequest("The body is not valid JSON.", code="invalid_json") from None

@@ -120,12 +120,13 @@ def invalidate(
     as_json: _Json = False,
 ) -> None:
     """See `_INVALIDATE`."""
+    older_than_s = _age_s(older_than) if older_than else None
     settings = load(find(config, os.environ), os.environ)
 
     async def forget() -> int:
         from app.cache_desk import CacheDesk, Invalidation
 
-        wanted = Invalidation(model, space, everything, _age_s(older_than) if older_than else None)
+        wanted = Invalidation(model, space, everything, older_than_s)
         async with _tool(settings) as runtime:
             return await CacheDesk(runtime).invalidate(wanted)
 
@@ -178,7 +179,7 @@ def _texts_of(line: str) -> Iterator[str]:
     if line[:1] in '{["':
         try:
             found = msgspec.json.decode(line)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             found = line
     if isinstance(found, dict):
         found = found.get("input", found.get("text", ""))

@@ -102,14 +102,15 @@ class RedisServer:
 
     async def _use(self, use: Callable[[Redis], Awaitable[_T]], answer: asyncio.Future[_T]) -> None:
         """Never raises: what it is in belongs to everybody."""
-        asked = False
+        loop, left_s = asyncio.get_running_loop(), 0.0
+        until_s = loop.time() + self._timeout_s
         try:
-            async with asyncio.timeout(self._timeout_s), self._slots:
-                asked = True
+            async with asyncio.timeout_at(until_s), self._slots:
+                left_s = until_s - loop.time()
                 result = await use(self._client)
         except _FOREIGN as error:
-            _fail(answer, type(error).__name__ if asked else "busy")
-            if asked:
+            _fail(answer, type(error).__name__)
+            if left_s > self._timeout_s / 2:  # who waited longer for its turn says nothing about the server
                 await self._failed(error)
         except Exception as bug:
             if not answer.done():
