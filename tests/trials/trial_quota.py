@@ -1,0 +1,218 @@
+"""One quota over three replicas is used and never broken, whatever becomes of the Redis that they share."""
+
+import asyncio
+import io
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import orjson
+import pytest
+import pytest_asyncio
+import redis
+
+from tests.bench.processes import server, upstream
+from tests.emulators.judge import Judge
+from tests.emulators.openai import OpenAIEmulator
+from tests.servers import HOST, PostgresProcess, ValkeyProcess
+from tests.tcp_proxy import TcpProxy
+from tests.trials.replicas import (
+    Answer,
+    Callers,
+    Stage,
+    ask,
+    key,
+    most_in_a_minute,
+    per_minute,
+    replicas,
+    session,
+    side_by_side,
+    sized_texts,
+    small_texts,
+    stage,
+    used_tokens,
+)
+from tests.trials.service import deployment
+
+REQUESTS, TOKENS = 600, 60_000
+DEMAND_PER_S = 3 * TOKENS / 60 / 263  # texts of up to 2,000 tokens, log-uniform, have 263 in the mean
+MINUTES, LOSS_S = 4, 80.0
+
+# ── what may become of Redis ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def nothing(on: Stage) -> None:
+    """All is well."""
+
+
+async def frozen(on: Stage) -> None:
+    """Nothing is answered for half a minute."""
+    on.valkey.freeze()
+    await asyncio.sleep(30.0)
+    on.valkey.thaw()
+
+
+async def flushed(on: Stage) -> None:
+    """Somebody empties it."""
+    with redis.Redis.from_url(on.valkey.url) as client:
+        client.flushall()
+
+
+async def restarted(on: Stage) -> None:
+    """It comes back empty."""
+    await asyncio.to_thread(on.valkey.restart)
+
+
+async def promoted(on: Stage) -> None:
+    """It is gone, and a replica of it that is two seconds behind takes its place, at the same address."""
+    async with AsyncExitStack() as stack:
+        link = await stack.enter_async_context(TcpProxy(on.valkey.port))
+        follower = ValkeyProcess({"replicaof": f"{HOST} {link.port}"})
+        await asyncio.to_thread(on.stack.enter_context, follower)
+        with redis.Redis.from_url(follower.url) as client:
+            await asyncio.sleep(3.0)
+            assert client.info("replication")["master_link_status"] == "up"
+            link.latency_s = 2.0
+            await asyncio.sleep(5.0)
+            link.refuse()
+            client.replicaof("NO", "ONE")
+    await asyncio.to_thread(on.valkey.kill)
+    on.to_valkey.refuse()
+    successor = TcpProxy(follower.port)
+    successor.port = on.to_valkey.port
+    await on.stack.enter_async_context(successor)
+
+
+Loss = Callable[[Stage], Coroutine[object, object, None]]
+LOSSES: dict[Loss, int] = {nothing: 100, frozen: 100, flushed: 101, restarted: 101, promoted: 101}
+"""And how much of the quota may be used: where memory was lost, 1 % more than all."""
+
+
+# ── T1, T6, T7 ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Course:
+    """What the judge saw of one stage, and what its callers got."""
+
+    emulator: OpenAIEmulator
+    answers: Sequence[Answer]
+    began_s: float
+    back_s: float
+
+
+async def take_place(loss: Loss, on: Stage) -> Course:
+    """Three times the demand for some minutes; in the second of them Redis loses what it knew."""
+    callers = Callers(on.urls, sized_texts(loss.__name__, 2000, seed=7), per_second=DEMAND_PER_S)
+    began_s = time.monotonic()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(callers.run(60.0 * MINUTES + 2))
+        await asyncio.sleep(LOSS_S)
+        await loss(on)
+        back_s = time.monotonic()
+    return Course(on.emulator, callers.answers, began_s, back_s)
+
+
+async def volleys(on: Stage) -> Course:
+    """Fifty requests at one moment, and fifty more when all is free again."""
+    moments, answers = [], []
+    await Callers(on.urls, small_texts("warm"), per_second=20).run(1.0)
+    async with session() as http:
+        for _ in range(2):
+            await asyncio.sleep(61.0)
+            moments.append(time.monotonic())
+            texts = [
+                f"{size} {number}" + " word" * (size - 4)
+                for number, size in enumerate(itertools.islice(itertools.cycle((58, 80, 175)), 50))
+            ]
+            answers += await asyncio.gather(
+                *(ask(http, on.urls[number % 3], text, api_key="small") for number, text in enumerate(texts))
+            )
+    return Course(on.emulator, answers, *moments)
+
+
+# ── side by side ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def course(
+    tmp_path_factory: pytest.TempPathFactory, postgres: PostgresProcess
+) -> AsyncIterator[Callable[[str], Course]]:
+    """What came of everything; it takes place in the same minutes, since it leaves the machine idle."""
+    folder, off, quota = tmp_path_factory.mktemp("quota"), "[cache]\nmemory_bytes = 0", per_minute(REQUESTS, TOKENS)
+    small = "[tenants.small]\napi_key = 'small'\ntokens_per_minute = 100"
+    async with AsyncExitStack() as stack:
+        works = {}
+        for loss, hundredths in LOSSES.items():
+            judge = Judge(REQUESTS * hundredths // 100, TOKENS * hundredths // 100)
+            scene = stage(folder / loss.__name__, postgres.new_database(), judge, quota, more=off)
+            works[loss.__name__] = take_place(loss, await stack.enter_async_context(scene))
+        scene = stage(folder / "volleys", postgres.new_database(), Judge(), more=small)
+        works["volleys"] = volleys(await stack.enter_async_context(scene))
+        yield await side_by_side(works)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_the_quota_is_used_and_not_broken(course: Callable[[str], Course], loss: Loss) -> None:
+    """Three times the demand for four minutes: no 429, and nearly all of it used in every minute but the first."""
+    seen = course(loss.__name__)
+    begins = [seen.began_s + 60 * minute for minute in range(MINUTES)]
+    used = [used_tokens(seen.emulator, begin, begin + 60) / TOKENS for begin in begins]
+    again = used_tokens(seen.emulator, seen.back_s + 10, seen.back_s + 70) / TOKENS
+    arrivals = [*seen.emulator.arrivals]
+    tokens = most_in_a_minute(arrivals, lambda arrival: arrival.tokens)
+    requests = most_in_a_minute(arrivals, lambda _: 1)
+    print(
+        f"\n{loss.__name__}: minutes used to {' '.join(f'{part:.1%}' for part in used)}, {again:.1%} in the one "
+        f"that began 10 s after; at most {tokens} tokens and {requests} requests in any 60 s, "
+        f"{seen.emulator.judge.refusals} refused"
+    )
+    assert seen.emulator.judge.refusals == 0
+    assert all(answer.right for answer in seen.answers if answer.status == 200)
+    assert {answer.status for answer in seen.answers} <= {200, 503, 504}
+    assert again >= 0.90
+    if loss is nothing:
+        assert min(used[1:]) >= 0.95
+    else:
+        assert tokens <= 1.01 * TOKENS
+
+
+def test_no_burst_gets_through(course: Callable[[str], Course]) -> None:
+    """T2: a hundred tokens a minute are just that for fifty requests at three replicas, and again a minute later."""
+    seen = course("volleys")
+    spread_s = max(answer.began_s for answer in seen.answers[:50]) - seen.began_s
+    passed = [sum(answer.tokens for answer in half) for half in (seen.answers[:50], seen.answers[50:])]
+    print(f"\n{passed[0]} tokens passed within {spread_s * 1000:.0f} ms, {passed[1]} a minute later, of 100 each")
+    assert all(50 <= tokens <= 100 for tokens in passed)
+    assert all(answer.as_it_should_be for answer in seen.answers)
+
+
+async def large_s(http: aiohttp.ClientSession, url: str, name: str) -> float:
+    """How long 150 texts of 2,000 tokens take, which nobody asked for before."""
+    texts = [f"{time.monotonic_ns()} {number}" + " the" * 1980 for number in range(150)]
+    body = io.BytesIO(orjson.dumps({"model": name, "input": texts, "encoding_format": "base64"}))
+    headers = {"authorization": f"Bearer {key(0)}", "content-type": "application/json"}
+    started_s = time.perf_counter()
+    async with http.post(f"{url}/v1/embeddings", data=body, headers=headers) as answer:
+        assert (await answer.json())["usage"]["total_tokens"] > 295_000
+    return time.perf_counter() - started_s
+
+
+async def test_a_large_request_is_not_slowed(tmp_path: Path, postgres: PostgresProcess, valkey: ValkeyProcess) -> None:
+    """300,000 tokens on an idle deployment of a million a minute take as long as on one without limits."""
+    quotas = {"limited": per_minute(0, 1_000_000), "free": ""}
+    async with AsyncExitStack() as stack:
+        stand_in = await stack.enter_async_context(server(*upstream(50), cores=[]))
+        served = [deployment(name, f"http://127.0.0.1:{stand_in.port}/v1", quota) for name, quota in quotas.items()]
+        served += [f"[models.{name}]\ndeployments = ['{name}']\ncanary_interval_s = 0" for name in quotas]
+        stores = {"redis_url": valkey.url, "database_url": postgres.new_database()}
+        (url,) = await stack.enter_async_context(replicas(tmp_path / "large", "\n".join(served), **stores, count=1))
+        http = await stack.enter_async_context(session())
+        await asyncio.sleep(61.0)
+        took_s = {name: await large_s(http, url, name) for name in ("free", "limited", "free")}
+    print(f"\n300,000 tokens: {took_s['limited']:.2f} s, without limits {took_s['free']:.2f} s")
+    assert took_s["limited"] <= 1.05 * took_s["free"] + 0.2

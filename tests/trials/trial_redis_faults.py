@@ -1,0 +1,153 @@
+"""Redis fails in seven ways under a steady load: callers hardly notice, and replicas tell how they count meanwhile."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+import pytest_asyncio
+import redis
+
+from tests.emulators.judge import Judge
+from tests.servers import PostgresProcess
+from tests.trials.replicas import (
+    Callers,
+    Course,
+    Stage,
+    added_p99_s,
+    per_minute,
+    side_by_side,
+    small_texts,
+    stage,
+    through,
+)
+
+PER_SECOND = 60.0
+QUOTA = 12_000, 600_000
+AT_ONCE = 2
+"""So many stages share this machine."""
+
+Fault = Callable[[Stage], AbstractAsyncContextManager[None]]
+
+
+@asynccontextmanager
+async def frozen(on: Stage) -> AsyncIterator[None]:
+    """Its connections stay, nothing is answered."""
+    on.valkey.freeze()
+    yield
+    on.valkey.thaw()
+
+
+@asynccontextmanager
+async def black_holed(on: Stage) -> AsyncIterator[None]:
+    """Whatever is sent arrives nowhere."""
+    on.to_valkey.black_hole = True
+    yield
+    on.to_valkey.black_hole = False
+
+
+@asynccontextmanager
+async def killed(on: Stage) -> AsyncIterator[None]:
+    """It is gone, and comes back empty."""
+    await asyncio.to_thread(on.valkey.kill)
+    yield
+    await asyncio.to_thread(on.valkey.start)
+
+
+@asynccontextmanager
+async def distant(on: Stage) -> AsyncIterator[None]:
+    """Every answer takes 400 ms."""
+    on.to_valkey.latency_s = 0.2
+    yield
+    on.to_valkey.latency_s = 0.0
+
+
+@asynccontextmanager
+async def without_scripts(on: Stage) -> AsyncIterator[None]:
+    """Somebody forbids scripts; everything else is answered."""
+    with redis.Redis.from_url(on.valkey.url) as client:
+        client.execute_command("ACL SETUSER default -@scripting")
+        yield
+        client.execute_command("ACL SETUSER default +@scripting")
+
+
+@asynccontextmanager
+async def lossy(on: Stage) -> AsyncIterator[None]:
+    """Each hundredth command is carried out and its answer lost."""
+    on.to_valkey.drop_reply(100)
+    yield
+    on.to_valkey.drop_reply(0)
+
+
+@asynccontextmanager
+async def scripts_flushed(on: Stage) -> AsyncIterator[None]:
+    """It has forgotten all scripts."""
+    with redis.Redis.from_url(on.valkey.url) as client:
+        client.script_flush()
+    yield
+
+
+FAULTS: dict[Fault, float] = {
+    frozen: 30.0, black_holed: 8.0, killed: 8.0, distant: 8.0, without_scripts: 8.0, lossy: 8.0, scripts_flushed: 4.0,
+}  # fmt: skip
+"""And how many seconds each lasts."""
+
+HARMLESS = {lossy, scripts_flushed}
+"""Those that are no reason to count alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The course of one fault, and how many calls the provider's judge refused in it."""
+
+    course: Course
+    refusals: int
+
+
+async def take_place(fault: Fault, on: Stage) -> Seen:
+    """The fault, within a steady load."""
+    callers = Callers(on.urls, small_texts(fault.__name__), per_second=PER_SECOND)
+    course = await through(fault(on), FAULTS[fault], on, callers)
+    return Seen(course, on.emulator.judge.refusals)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def seen(
+    tmp_path_factory: pytest.TempPathFactory, postgres: PostgresProcess
+) -> AsyncIterator[Callable[[str], Seen]]:
+    """What came of every fault. All stages are set before the first begins, for starting them takes the machine."""
+    folder = tmp_path_factory.mktemp("redis")
+    async with AsyncExitStack() as stack:
+        works = {}
+        for fault in FAULTS:
+            on = await stack.enter_async_context(
+                stage(folder / fault.__name__, postgres.new_database(), Judge(*QUOTA), per_minute(*QUOTA))
+            )
+            works[fault.__name__] = take_place(fault, on)
+        results = await side_by_side(works, at_once=AT_ONCE)
+    yield results
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_callers_hardly_notice(seen: Callable[[str], Seen], fault: Fault) -> None:
+    """T6, T9, T10: all answered as ever, no one hangs, no quota is broken, and the replicas stay in service."""
+    course, refusals = seen(fault.__name__).course, seen(fault.__name__).refusals
+    answers = [*course.faulty, *course.after]
+    good = sum(answer.as_it_should_be for answer in answers) / len(answers)
+    added_s, worst_s = added_p99_s(course.faulty, course.calm), max(answer.took_s for answer in answers)
+    alone_s, shared_s = course.watch.all_s(course.began_s, alone=True), course.watch.all_s(course.ended_s, alone=False)
+    print(
+        f"\n{fault.__name__}: {good:.2%} of {len(answers)} answered, p99 {added_s * 1000:+.0f} ms, worst "
+        f"{worst_s * 1000:.0f} ms, {refusals} refused by the provider; alone after {alone_s:.2f} s, shared again "
+        f"after {shared_s:.2f} s"
+    )
+    assert all(answer.right for answer in answers if answer.status == 200)
+    assert good >= 0.99
+    assert added_s <= 0.150
+    assert worst_s <= 1.0
+    assert refusals == 0
+    assert all(sight.ready for sight in course.watch.sights)
+    assert shared_s <= 3.0
+    if fault not in HARMLESS:
+        assert alone_s <= 1.0
