@@ -273,4 +273,4 @@ async def test_a_caller_that_leaves_at_any_moment_is_charged_what_was_sent(rigs:
             assert tokens == 7 * (len(rig.provider.calls) - calls)
             outcomes.add((tokens, requests))
             assert not any(rig.leftovers()[name] for name in ("slots", "table", "queued", "waiting tokens"))
-    assert outcomes == {(0, 0), (7, 1)}
+    assert outcomes - {(0, 1)} == {(0, 0), (7, 1)}  # between: it waited, and left before its text did
