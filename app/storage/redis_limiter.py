@@ -1,6 +1,7 @@
 """Hides how replicas share quotas through Redis, and how each goes on alone, within its part, when that is gone."""
 
 import asyncio
+import heapq
 import itertools
 import math
 import time
@@ -21,6 +22,7 @@ TICK_S: Final = 1.0
 
 _LEASE_US = 5 * S_US  # a replica that is gone holds its slots for so long
 _KEPT_UP_S = 60.0  # how long the books of an account are kept up after it was asked for
+_REFRESHED = 100  # accounts without calls whose books are kept up at a tick, those that waited longest first
 _FRESH_S = 5.0  # books that were not kept up for longer say nothing about the present
 _RETURN_S = 1.5  # how long all replicas book what they grant by themselves, before they share again
 _QUICK_S = 0.03  # what failed sooner was not a server too slow, so asking again is worth it
@@ -240,8 +242,13 @@ class RedisLimiter:
         return answer
 
     async def _ask(self, account: _Account, operation: str, ask: Mapping[str, Any]) -> _Answer:
-        packed = await self._server.run(_QUOTA, account.keys, [operation, msgspec.msgpack.encode(ask)])
-        return msgspec.msgpack.decode(packed, type=_Answer)
+        try:
+            packed = await self._server.run(_QUOTA, account.keys, [operation, msgspec.msgpack.encode(ask)])
+            return msgspec.msgpack.decode(packed, type=_Answer)
+        except StoreDown:
+            raise
+        except Exception as bug:  # going on alone is better than ending every task beside this one
+            raise StoreDown(type(bug).__name__) from bug
 
     def _hear(self, account: _Account, answer: _Answer) -> None:
         """Books what the others were granted since; answers may arrive out of order."""
@@ -295,8 +302,12 @@ class RedisLimiter:
         while True:
             await asyncio.sleep(TICK_S)
             used_since = self._clock() - _KEPT_UP_S
-            for account in self._accounts.values():
-                if self._server.up and (account.open or account.unreported or account.asked_at > used_since):
+            due = [each for each in self._accounts.values() if each.open or each.unreported]
+            used = (each for each in self._accounts.values() if each.asked_at > used_since)
+            idle = (each for each in used if not each.open and not each.unreported)
+            due += heapq.nsmallest(_REFRESHED, idle, key=lambda each: each.heard_at)
+            for account in due:
+                if self._server.up:
                     with suppress(StoreDown):
                         await self._run(account, "renew", {"ids": [*account.open], "lease_us": _LEASE_US})
 

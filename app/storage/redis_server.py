@@ -20,7 +20,8 @@ _FAILURES = 3  # in a row, then nobody is kept waiting any more
 _PROBE_S = 0.5
 _CONNECTIONS = 16
 _CLUSTER = "redis+cluster://", "rediss+cluster://"
-_FOREIGN = (RedisError, RedisClusterException, OSError)  # TimeoutError is an OSError
+# TimeoutError is an OSError; RuntimeError is what uvloop says of a connection that was closed meanwhile.
+_FOREIGN = (RedisError, RedisClusterException, OSError, RuntimeError)
 
 
 class StoreDown(Exception):

@@ -396,3 +396,20 @@ async def test_quotas_shares_and_vectors_live_in_a_cluster(valkey_cluster: Valke
         await mine.exchange(served)
         assert await yours.exchange({}) == [served]
         assert server.up
+
+
+async def test_a_connection_that_was_closed_meanwhile_is_the_servers_failure(redis_url: str) -> None:
+    """uvloop says so with a RuntimeError: it must not end what else the process does."""
+
+    async def use(_: object) -> None:
+        raise RuntimeError("unable to perform operation; the handler is closed")
+
+    async with RedisServer(redis_url) as server:
+        for _ in range(3):
+            with pytest.raises(StoreDown):
+                await server.call(use)
+        assert not server.up
+        async with asyncio.timeout(5):
+            while not server.up:  # noqa: ASYNC110 — there is no event for it
+                await asyncio.sleep(0.05)
+        assert await server.call(lambda client: client.ping())

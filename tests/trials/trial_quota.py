@@ -122,11 +122,11 @@ async def volleys(on: Stage) -> Course:
     moments, answers = [], []
     await Callers(on.urls, small_texts("warm"), per_second=20).run(1.0)
     async with session() as http:
-        for _ in range(2):
+        for volley in range(2):
             await asyncio.sleep(61.0)
             moments.append(time.monotonic())
             texts = [
-                f"{size} {number}" + " word" * (size - 4)
+                f"{volley} {number}" + " word" * (size - 4)
                 for number, size in enumerate(itertools.islice(itertools.cycle((58, 80, 175)), 50))
             ]
             answers += await asyncio.gather(
