@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from hashlib import sha1
 from importlib import resources
 from typing import Any, Self, TypeVar, cast
@@ -17,6 +17,7 @@ from redis.exceptions import NoScriptError, ReadOnlyError, RedisClusterException
 _T = TypeVar("_T")
 
 _FAILURES = 3  # in a row, then nobody is kept waiting any more
+_GRACE = 0.2  # the last part of a call's time, which begins late where this process was late itself
 _PROBE_S = 0.5
 _CONNECTIONS = 16
 _CLUSTER = "redis+cluster://", "rediss+cluster://"
@@ -103,11 +104,10 @@ class RedisServer:
 
     async def _use(self, use: Callable[[Redis], Awaitable[_T]], answer: asyncio.Future[_T]) -> None:
         """Never raises: what it is in belongs to everybody."""
-        loop, left_s = asyncio.get_running_loop(), 0.0
-        until_s = loop.time() + self._timeout_s
+        left_s = 0.0
         try:
-            async with asyncio.timeout_at(until_s), self._slots:
-                left_s = until_s - loop.time()
+            async with _patience(self._timeout_s) as until_s, self._slots:
+                left_s = until_s - asyncio.get_running_loop().time()
                 result = await use(self._client)
         except _FOREIGN as error:
             _fail(answer, type(error).__name__)
@@ -142,7 +142,7 @@ class RedisServer:
         while not self.up:
             await asyncio.sleep(_PROBE_S)
             with suppress(*_FOREIGN):
-                async with asyncio.timeout(self._timeout_s):
+                async with _patience(self._timeout_s):
                     await self._client.ping()
                 self._failures = 0
                 self.up_since = time.monotonic()
@@ -154,17 +154,33 @@ class RedisServer:
             self._on_change(up, reason)
 
 
+@asynccontextmanager
+async def _patience(timeout_s: float) -> AsyncIterator[float]:
+    """So long for what is inside; when that is over, on the loop's clock.
+
+    A timer that is due at the same time as an answer goes first when the loop was held up. So the last part of the time
+    begins only when the loop gets there: what has arrived by then is no failure of the server's.
+    """
+    loop, grace_s = asyncio.get_running_loop(), timeout_s * _GRACE
+    async with asyncio.timeout(None) as timer:
+        due = loop.call_later(timeout_s - grace_s, lambda: timer.reschedule(loop.time() + grace_s))
+        try:
+            yield loop.time() + timeout_s
+        finally:
+            due.cancel()
+
+
 def _client(url: str, timeout_s: float) -> Redis:
     options: dict[str, Any] = {
-        "socket_timeout": timeout_s,
-        "socket_connect_timeout": timeout_s,
+        "socket_timeout": 2 * timeout_s,  # never first: it does not know whether the loop was held up
+        "socket_connect_timeout": 2 * timeout_s,
         "retry": Retry(NoBackoff(), 0),
         "max_connections": _CONNECTIONS,
     }
     if url.startswith(_CLUSTER):
         cluster = RedisCluster.from_url(url.replace("+cluster", "", 1), **options)
         return cast("Redis", cluster)
-    pool = BlockingConnectionPool.from_url(url, retry_on_error=[], timeout=timeout_s, **options)
+    pool = BlockingConnectionPool.from_url(url, retry_on_error=[], timeout=2 * timeout_s, **options)
     return Redis.from_pool(pool)
 
 

@@ -181,6 +181,20 @@ async def test_a_call_just_made_when_the_server_goes_down_ends_too(redis_url: st
         assert not server.up
 
 
+async def test_a_process_that_is_held_up_itself_does_not_blame_the_server(redis_url: str) -> None:
+    """Answers that came while the loop stood still are answers, however long that took."""
+    changes: list[bool] = []
+    async with asked(redis_url, changes, timeout_s=0.1) as server:
+        await asyncio.gather(*(server.call(setting(f"{number}", f"{number}")) for number in range(16)))
+        for _ in range(5):
+            calls = [asyncio.create_task(server.call(getting(f"{number}"))) for number in range(16)]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            time.sleep(0.25)  # noqa: ASYNC251 — that is what is tried
+            assert await asyncio.gather(*calls) == [b"%d" % number for number in range(16)]
+    assert not changes
+
+
 async def test_calls_that_wait_for_a_connection_say_nothing_about_the_server(valkey: ValkeyProcess) -> None:
     """More than can be answered in time: who comes too late is refused, and everybody else is answered."""
     changes: list[bool] = []
