@@ -170,7 +170,9 @@ class TieredCache:
     def _opened(self, level: GuardedLevel, space: Space, sealed: Mapping[bytes, bytes]) -> dict[bytes, Vector]:
         """The vectors that `level` had and that are wanted; the rest is deleted there."""
         not_before_s = max(self._epoch(name).not_before_s for name in epochs_of(space))
-        recent = {key: value for key, value in sealed.items() if made_at_s(value) >= not_before_s}
+        recent = sealed
+        if not_before_s:
+            recent = {key: value for key, value in sealed.items() if made_at_s(value) >= not_before_s}
         opened = self._sealer.open_many(recent, space)
         if unwanted := sealed.keys() - opened.keys():
             level.put((key, Write(space, _OVERHEAD_BYTES, None)) for key in unwanted)
