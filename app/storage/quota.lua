@@ -8,12 +8,12 @@
 --         2 its arguments, a MessagePack map:
 --           limits     {requests per minute, tokens per minute, slots}, 0 for none
 --           spans      microseconds over which the vendor judges
---           seen       {born, serial, tokens, requests} of the state that the caller saw last
+--           seen       {born, serial, tokens, requests} of the state that the caller saw last; born 0: none yet
 --           charges    {{age in microseconds, tokens, requests}, ...} granted while this server was away
 --           seed       only where the state was lost: {tokens = {{age, amount}, ...}, requests = {...}}
 --           and what its function below takes
--- Returns a MessagePack map: born, serial, tokens, requests (the net sums of all time), and the answer; or {lost = true}
--- when there is no state and no seed.
+-- Returns a MessagePack map: born, before (when the state was born that this one takes the place of), serial, tokens,
+-- requests (the net sums of all time), and the answer; or {lost = true} when there is no state and no seed.
 
 local S_US = 1000000
 local MINUTE_US = 60 * S_US
@@ -202,12 +202,23 @@ local function rate_at(now_us)
   return min(WHOLE, state.rate + REGAINED * max(0, floor((now_us - state.regains_from) / REGAIN_US)))
 end
 
+local function count_in(d, at_us, amount)
+  for _, w in ipairs(d.open) do add(w, at_us, amount) end
+end
+
 -- Counts what was granted elsewhere, at a time that may be past; `net` is what every replica's own books follow.
 local function book(at_us, tokens, requests)
-  for _, w in ipairs(state.t.open) do add(w, at_us, tokens) end
-  for _, w in ipairs(state.r.open) do add(w, at_us, requests) end
+  count_in(state.t, at_us, tokens)
+  count_in(state.r, at_us, requests)
   state.net_tokens = state.net_tokens + tokens
   state.net_requests = state.net_requests + requests
+end
+
+-- The caller saw more of the state before this one than is known of it here.
+local function catch_up(now_us, known)
+  advance_all(max(now_us, state.frontier))
+  book(now_us, max(0, ask.seen[3] - known[3]), max(0, ask.seen[4] - known[4]))
+  state.before = ask.seen
 end
 
 -- The time of this server, but never backwards: what a jump takes away is given back.
@@ -225,24 +236,23 @@ local function load()
   local kept = packed and cmsgpack.unpack(packed) or nil
   local now_us, lag_us = clock(kept)
   if not kept and not ask.seed then return nil end
+  local seen = ask.seen
   state = kept or {
-    born = now_us, serial = 0, net_tokens = 0, net_requests = 0, frontier = 0, paused_until = 0, rate = WHOLE,
-    regains_from = 0, cut_again = 0, places = {},
+    born = max(now_us, seen[1] + 1), before = seen, serial = 0, net_tokens = seen[3], net_requests = seen[4],
+    frontier = 0, paused_until = 0, rate = WHOLE, regains_from = 0, cut_again = 0, places = {},
   }
   state.now, state.lag = now_us, lag_us
   state.t = dimension(state.t, ask.limits[2])
   state.r = dimension(state.r, ask.limits[1])
   if not kept then
     advance_all(now_us)
-    for _, part in ipairs(ask.seed.tokens) do book(now_us - part[1], part[2], 0) end
-    for _, part in ipairs(ask.seed.requests) do book(now_us - part[1], 0, part[2]) end
-  end
-  -- A server that fell back to an older copy of itself has forgotten what somebody saw.
-  local seen = ask.seen
-  if seen[1] == state.born and seen[2] > state.serial then
-    advance_all(max(now_us, state.frontier))
-    book(now_us, max(0, seen[3] - state.net_tokens), max(0, seen[4] - state.net_requests))
-    state.serial = seen[2]
+    for _, part in ipairs(ask.seed.tokens) do count_in(state.t, now_us - part[1], part[2]) end
+    for _, part in ipairs(ask.seed.requests) do count_in(state.r, now_us - part[1], part[2]) end
+  elseif seen[1] == state.born and seen[2] > state.serial then  -- the server fell back to an older copy of itself
+    catch_up(now_us, {state.born, state.serial, state.net_tokens, state.net_requests})
+    state.born = max(now_us, state.born + 1)
+  elseif seen[1] == state.before[1] and seen[2] > state.before[2] then
+    catch_up(now_us, state.before)
   end
   if #ask.charges > 0 then
     advance_all(max(now_us, state.frontier))
@@ -265,12 +275,12 @@ local function save()
 end
 
 local function answer(fields)
-  fields.born, fields.serial = state.born, state.serial
+  fields.born, fields.before, fields.serial = state.born, state.before[1], state.serial
   fields.tokens, fields.requests = state.net_tokens, state.net_requests
   return cmsgpack.pack(fields)
 end
 
--- Slots of replicas that are gone become free; grants that left every window unsettled are forgotten.
+-- Slots of replicas that are gone become free; what they left unsettled is forgotten once it has left every window.
 local function forget(now_us)
   redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now_us)
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', now_us, 'LIMIT', 0, 32)) do

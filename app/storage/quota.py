@@ -264,12 +264,10 @@ class Quota:
     def __init__(self, limits: Limits, *, unknown_until_us: int | None = None) -> None:
         self._requests = _Dimension(limits.requests_per_minute, limits.judged_spans_s)
         self._tokens = _Dimension(limits.tokens_per_minute, limits.judged_spans_s)
-        windows = self._requests.windows + self._tokens.windows
-        self._longest_us = max((window.length_us for window in windows), default=_MINUTE_US)
         self.most_slots = limits.max_in_flight
         self._frontier_us = 0  # nobody starts before the last who was booked
         self._places: list[_Place] = []  # in order of asking
-        self._open: dict[str, _Open] = {}  # in order of starting
+        self._open: dict[str, _Open] = {}
         self._paused_until_us = 0
         self._rate = _WHOLE
         self._regains_from_us = 0
@@ -279,7 +277,7 @@ class Quota:
     def reserve(self, claim: Claim, grant_id: str, now_us: int, asker: str = "") -> Grant | NotYet:
         """See `ports.Limiter`. A refused claim keeps its place while `asker` asks for it again every 5 s or sooner."""
         at_us = max(now_us, self._frontier_us)
-        self._forget(now_us)
+        self._places = [place for place in self._places if place.until_us > now_us]
         self._advance(at_us)
         place, places_ahead, tokens, requests = self._asks(claim, now_us, asker)
         tokens_us = self._tokens.ready_us(tokens, now_us)
@@ -384,12 +382,3 @@ class Quota:
     def _advance(self, at_us: int) -> None:
         self._tokens.advance(at_us)
         self._requests.advance(at_us)
-
-    def _forget(self, now_us: int) -> None:
-        """Drops places that were given up and grants that left every window unsettled."""
-        self._places = [place for place in self._places if place.until_us > now_us]
-        while self._open:
-            grant_id, held = next(iter(self._open.items()))
-            if held.start_us + self._longest_us > now_us:
-                break
-            del self._open[grant_id]

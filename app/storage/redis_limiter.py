@@ -27,6 +27,7 @@ _FRESH_S = 5.0  # books that were not kept up for longer say nothing about the p
 _RETURN_S = 1.5  # how long all replicas book what they grant by themselves, before they share again
 _QUICK_S = 0.03  # what failed sooner was not a server too slow, so asking again is worth it
 _QUOTA = Script("quota")
+_MEMORY_AGE, _SINCE = Script("memory_age"), "eg:{memory}:since"
 
 
 class _Answer(msgspec.Struct):
@@ -34,6 +35,7 @@ class _Answer(msgspec.Struct):
 
     lost: bool = False
     born: int = 0
+    before: int = 0
     serial: int = 0
     tokens: int = 0
     requests: int = 0
@@ -55,6 +57,7 @@ class _Account:
     books: Quota
     seen: tuple[int, int, int, int] = (0, 0, 0, 0)
     alone: Quota | None = None
+    alone_at: float = -math.inf
     unreported: list[tuple[int, int, int]] = field(default_factory=list)
     asked_at: float = -math.inf
     heard_at: float = -math.inf
@@ -75,7 +78,6 @@ class RedisLimiter:
     While Redis cannot be asked every replica grants what is left of its part, limit / `max_replicas`, of what it knows
     that all were granted, and reports it later. A Redis that lost its memory is told what is known here; where nothing
     is known the quota counts as used up and comes back as it is earned.
-    `on_mode` hears `shared` or `alone`.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class RedisLimiter:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            task.add_done_callback(self._give_back)
+            self._tasks.create_task(self._give_back(task))
             raise
 
     async def _reserve(self, account: _Account, claim: Claim, grant_id: str) -> Grant | NotYet:
@@ -148,9 +150,9 @@ class RedisLimiter:
                 await self._run(account, "charge", {})
         return answer
 
-    def _give_back(self, reserving: asyncio.Task[Grant | NotYet]) -> None:
+    async def _give_back(self, reserving: asyncio.Task[Grant | NotYet]) -> None:
         """Nobody waits for this grant any more."""
-        if not reserving.cancelled() and isinstance(grant := reserving.result(), Grant):
+        if isinstance(grant := await reserving, Grant):
             self._settle(grant, 0, 0, None)
 
     async def settle(
@@ -231,10 +233,9 @@ class RedisLimiter:
         try:
             answer = await self._ask(account, operation, ask)
             if answer.lost:
-                tokens, requests = account.books.history(self._now_us())
-                answer = await self._ask(
-                    account, operation, ask | {"seed": {"tokens": tokens, "requests": requests}}
-                )  # fmt: skip
+                tokens, requests = (await self._known(account)).history(self._now_us())
+                seed = {"tokens": tokens, "requests": requests}
+                answer = await self._ask(account, operation, ask | {"seed": seed})
         except BaseException:
             account.unreported += reported
             raise
@@ -253,12 +254,27 @@ class RedisLimiter:
     def _hear(self, account: _Account, answer: _Answer) -> None:
         """Books what the others were granted since; answers may arrive out of order."""
         born, serial, tokens, requests = account.seen
-        if answer.born == born:
-            if answer.serial <= serial:
-                return
+        if (answer.born, answer.serial) <= (born, serial):
+            return
+        if answer.serial == 1 or (born and born in (answer.born, answer.before)):
             account.books.charge(answer.tokens - tokens, answer.requests - requests, self._now_us())
+        elif not born:
+            account.books.fill(self._now_us())
         account.heard_at = self._clock()
         account.seen = (answer.born, answer.serial, answer.tokens, answer.requests)
+
+    async def _known(self, account: _Account) -> Quota:
+        """What is known of an account that the server does not know, be it new or forgotten. Raises StoreDown."""
+        if self._fresh(account):
+            return account.books
+        age_us = int(await self._server.run(_MEMORY_AGE, [_SINCE], []))
+        known = account.books if account.seen[0] else Quota(account.limits)
+        return known.stand_in(0, unknown_until_us=self._now_us() - age_us)
+
+    def _fresh(self, account: _Account) -> bool:
+        """Whether the books told what all had been granted while there was somebody to ask."""
+        alone = account.alone is not None and account.alone_at > account.heard_at
+        return (account.alone_at if alone else self._clock()) - account.heard_at <= _FRESH_S
 
     # ── alone ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -267,10 +283,11 @@ class RedisLimiter:
         scale = self._max_replicas
         if account.alone is None:
             slots = account.limits.max_in_flight
-            stale = self._clock() - account.heard_at > _FRESH_S
+            unknown_until_us = None if self._fresh(account) else self._now_us()
             account.alone = account.books.stand_in(
-                max(1, slots // scale) if slots else 0, unknown_until_us=self._now_us() if stale else None
+                max(1, slots // scale) if slots else 0, unknown_until_us=unknown_until_us
             )
+            account.alone_at = self._clock()
         wish = replace(
             claim,
             tokens_min=claim.tokens_min * scale,

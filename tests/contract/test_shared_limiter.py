@@ -177,12 +177,45 @@ async def test_a_server_that_forgot_is_told(server: TimelessServer, fault: str) 
 async def test_an_empty_server_and_a_new_replica_begin_with_an_empty_bucket(server: TimelessServer) -> None:
     """Never with a full one: whatever had been granted is not known to anybody."""
     loop = asyncio.get_running_loop()
+    server.client.flushall()
     async with RedisLimiter(server, SMALL, replica="new", max_replicas=1, clock=lambda: 1e6 + loop.time()) as limiter:  # type: ignore[arg-type]
         assert await refused(limiter, claim(500)) == pytest.approx(30.0, abs=1.0)
         grant = await patiently(limiter, claim(10))
         assert grant.tokens == 10
         await asyncio.sleep(61.0)
         assert (await granted(limiter, claim(1, 1000))).tokens >= 980
+
+
+async def test_what_the_first_to_come_did_not_know_is_told_by_the_next(server: TimelessServer) -> None:
+    """An emptied server hears from everybody what they had seen of the memory it lost, once."""
+    async with replicas(server, 3, SMALL) as (first, second, third):
+        for limiter in (first, second, third):
+            await granted(limiter, claim(10))
+        await asyncio.sleep(1.5)
+        await granted(second, claim(800))
+        await granted(third, claim(20))
+        server.client.flushall()
+        for limiter in (first, second, third, first, second, third):
+            await granted(limiter, claim(1))
+        assert (await granted(second, claim(1, 1000))).tokens == 1000 - 856
+
+
+async def test_an_account_that_nobody_used_is_free_on_a_server_that_remembers(server: TimelessServer) -> None:
+    """Also for a replica that has only just begun; on a server that has only just begun it is earned first."""
+    loop = asyncio.get_running_loop()
+    await asyncio.sleep(100.0)
+    async with RedisLimiter(server, SMALL, replica="new", max_replicas=1, clock=lambda: 1e6 + loop.time()) as limiter:  # type: ignore[arg-type]
+        assert (await granted(limiter, claim(1000))).tokens == 1000
+
+
+async def test_who_has_not_listened_cannot_tell_an_empty_server(server: TimelessServer) -> None:
+    """What others used since then is not known to it: the bucket begins empty, not full."""
+    async with replicas(server, 2, SMALL) as (idle, busy):
+        await idle.settle(await granted(idle, claim(10)), 10)
+        await asyncio.sleep(100.0)
+        await granted(busy, claim(900))
+        server.client.flushall()
+        assert await refused(idle, claim(500)) == pytest.approx(30.0, abs=1.0)
 
 
 # ── T8, T9, T12 ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -254,7 +287,7 @@ async def test_all_keys_of_an_account_lie_in_one_slot_of_a_cluster(server: Timel
     for name in ("plain", "{}", "a b", "tenant {x}", "é" * 2000):
         async with replicas(server, 1, {name: Limits(tokens_per_minute=10)}) as (limiter,):
             await granted(limiter, claim(1, to=name))
-    tags = {key.split(b"{")[1].split(b"}")[0] for key in server.client.scan_iter("eg:*")}
+    tags = {key.split(b"{")[1].split(b"}")[0] for key in server.client.scan_iter("eg:*:state")}
     assert len(tags) == 5
     assert all(len(list(server.client.scan_iter(b"eg:{" + tag + b"}*"))) <= 4 for tag in tags)
 
@@ -305,7 +338,6 @@ async def test_the_script_decides_as_the_process_does(
     limits = Limits(1200, 1000, max_in_flight=slots, judged_spans_s=spans_s)
     loop = asyncio.get_running_loop()
     with timeless(redis_url) as server:
-        server.client.flushall()
         async with replicas(server, 1, {NAME: limits}) as (shared,):
             offset_s = 1_700_000_000
             quota, open_grants = Quota(limits), list[tuple[Grant, Grant]]()

@@ -40,6 +40,8 @@ async def replicas(server: TimelessServer, *, new: bool = False, deaf: bool = Fa
     """
     board, loop = Noticeboard(), asyncio.get_running_loop()
     board.torn = deaf
+    if new:
+        server.client.flushall()
     async with AsyncExitStack() as stack:
         rigs = []
         for number in range(3):
