@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from app.domain import Priority, Space, Text, Vector
+from app.domain import Limits, Priority, Space, Text, Vector
 
 # ── tokens ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -139,6 +139,9 @@ class Limiter(Protocol):
         `None`: what was used is unknown, so all of it counts. A second settlement of one grant changes nothing. What
         the provider stated with its answer may lower what is granted next, never raise it.
         """
+
+    def allow(self, account: str, limits: Limits | None) -> None:
+        """From now on the account has these limits, None: no more any; what it was granted still counts."""
 
     async def throttled(self, account: str, retry_after_s: float | None) -> None:
         """The provider said 429: nobody is granted anything until then, and the rate goes down for a while."""

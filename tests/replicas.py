@@ -35,6 +35,11 @@ class TimelessServer:
         """See `RedisServer`."""
         return not self.asleep
 
+    @property
+    def doubted(self) -> bool:
+        """See `RedisServer`."""
+        return self.asleep
+
     async def run(self, script: Script, keys: Sequence[str], arguments: Sequence[bytes | str | int]) -> Any:
         """See `RedisServer`."""
         if self.asleep:

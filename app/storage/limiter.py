@@ -33,6 +33,12 @@ class InProcessLimiter:
         if quota is not None:
             quota.settle(grant.id, tokens_used, requests_used, self._now_us(), stated)
 
+    def allow(self, account: str, limits: Limits | None) -> None:
+        """See `ports.Limiter`."""
+        known = self._quotas.pop(account, None)
+        if limits is not None:
+            self._quotas[account] = known.resized(limits, self._now_us()) if known is not None else Quota(limits)
+
     async def throttled(self, account: str, retry_after_s: float | None) -> None:
         """See `ports.Limiter`; the pause is at most 120 s, and 1 s when the provider named none."""
         quota = self._quotas.get(account)

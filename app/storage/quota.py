@@ -196,6 +196,12 @@ class _Dimension:
         for window in self.windows:
             window.fill(at_us)
 
+    def recall(self, history: Sequence[tuple[int, int]], now_us: int) -> None:
+        """Counts what another one's `history` has, beside the pacer."""
+        for window in self.windows:
+            for age_us, amount in history:
+                window.add(now_us - age_us, amount)
+
     def history(self, now_us: int) -> list[tuple[int, int]]:
         return max((window.history(now_us) for window in self.windows), key=len, default=[])
 
@@ -336,6 +342,16 @@ class Quota:
         """What still counts of tokens and of requests: how long ago, in microseconds, and how much."""
         self._advance(max(now_us, self._frontier_us))
         return self._tokens.history(now_us), self._requests.history(now_us)
+
+    def resized(self, limits: Limits, now_us: int) -> "Quota":
+        """One with other limits that goes on from here."""
+        tokens, requests = self.history(now_us)
+        other = Quota(limits)
+        other._advance(max(now_us, self._frontier_us))
+        other._tokens.recall(tokens, now_us)
+        other._requests.recall(requests, now_us)
+        other._frontier_us, other._paused_until_us, other._open = self._frontier_us, self._paused_until_us, self._open
+        return other
 
     def stand_in(self, slots: int, *, unknown_until_us: int | None = None) -> "Quota":
         """One that goes on from what is known here, by itself, with so many slots; see the constructor."""

@@ -93,11 +93,7 @@ class RedisLimiter:
         self._replica = replica
         self._max_replicas = max_replicas
         self._clock = clock
-        now_us = self._now_us()
-        self._accounts = {
-            name: _Account(name, of_one, Quota(replace(of_one, max_in_flight=0), unknown_until_us=now_us))
-            for name, of_one in limits.items()
-        }
+        self._accounts = {name: self._account(name, of_one) for name, of_one in limits.items()}
         self._ids = itertools.count(1)
         self._tasks = asyncio.TaskGroup()
         self._ticking: asyncio.Task[None] | None = None
@@ -137,7 +133,7 @@ class RedisLimiter:
         """Goes on when its caller is gone, else nobody would know of the grant."""
         if account.settling:
             await asyncio.wait(account.settling)
-        if self.shared:
+        if self.shared and not self._server.doubted:
             started = time.monotonic()
             for _ in range(2):  # the id makes it the same wish
                 with suppress(StoreDown):
@@ -145,7 +141,7 @@ class RedisLimiter:
                 if time.monotonic() - started > _QUICK_S:
                     break
         answer = self._reserve_alone(account, claim, grant_id)
-        if self._server.up and account.unreported:
+        if account.unreported and self._server.up and not self._server.doubted:
             with suppress(StoreDown):
                 await self._run(account, "charge", {})
         return answer
@@ -173,6 +169,17 @@ class RedisLimiter:
         task = self._tasks.create_task(self._settle_shared(account, grant, tokens_used, requests_used, stated))
         account.settling.add(task)
         task.add_done_callback(account.settling.discard)
+
+    def allow(self, account: str, limits: Limits | None) -> None:
+        """See `ports.Limiter`."""
+        known = self._accounts.get(account)
+        if limits is None:
+            self._accounts.pop(account, None)
+        elif known is None:
+            self._accounts[account] = self._account(account, limits)
+        else:
+            known.limits, known.alone = limits, None
+            known.books = known.books.resized(replace(limits, max_in_flight=0), self._now_us())
 
     async def throttled(self, account: str, retry_after_s: float | None) -> None:
         """See `ports.Limiter`; the pause is at most 120 s, and 1 s when the provider named none."""
@@ -295,6 +302,8 @@ class RedisLimiter:
             requests=claim.requests * scale,
             requests_max=max(claim.requests, claim.requests_max) * scale,
         )
+        if _never_fits(wish, account.limits):
+            return NotYet(TICK_S)
         answer = account.alone.reserve(wish, grant_id, self._now_us())
         if isinstance(answer, NotYet):
             return answer
@@ -315,8 +324,14 @@ class RedisLimiter:
     # ── every second ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _tick(self) -> None:
-        """Renews the leases of what is under way, reports what is not known, and reads what the others were granted."""
+        """Renews the leases of what is under way, reports what is not known, and reads what the others were granted.
+
+        A server that was emptied begins to count from then how long it remembers.
+        """
         while True:
+            if self._server.up:
+                with suppress(StoreDown):
+                    await self._server.run(_MEMORY_AGE, [_SINCE], [])
             await asyncio.sleep(TICK_S)
             used_since = self._clock() - _KEPT_UP_S
             due = [each for each in self._accounts.values() if each.open or each.unreported]
@@ -328,5 +343,14 @@ class RedisLimiter:
                     with suppress(StoreDown):
                         await self._run(account, "renew", {"ids": [*account.open], "lease_us": _LEASE_US})
 
+    def _account(self, name: str, limits: Limits) -> _Account:
+        return _Account(name, limits, Quota(replace(limits, max_in_flight=0), unknown_until_us=self._now_us()))
+
     def _now_us(self) -> int:
         return int(self._clock() * S_US)
+
+
+def _never_fits(wish: Claim, limits: Limits) -> bool:
+    """Whether it is more than a whole limit. Alone that waits for the others: each would grant one such."""
+    too_large = 0 < limits.tokens_per_minute < wish.tokens_min
+    return too_large or 0 < limits.requests_per_minute < wish.requests

@@ -12,14 +12,21 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, ReadOnlyError, RedisClusterException, RedisError
+from redis.exceptions import ConnectionError as Disconnected
+from redis.exceptions import (
+    NoScriptError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
 
 _T = TypeVar("_T")
 
 _FAILURES = 3  # in a row, then nobody is kept waiting any more
 _GRACE = 0.2  # the last part of a call's time, which begins late where this process was late itself
-_PROBE_S = 0.5
-_CONNECTIONS = 16
+_PROBE_S = 0.3
+_CONNECTIONS = 8  # a burst waits for its turn on few sooner than many are opened
 _CLUSTER = "redis+cluster://", "rediss+cluster://"
 # TimeoutError is an OSError; RuntimeError is what uvloop says of a connection that was closed meanwhile.
 _FOREIGN = (RedisError, RedisClusterException, OSError, RuntimeError)
@@ -40,9 +47,10 @@ class Script:
 class RedisServer:
     """One server or cluster; an async context manager that owns its connections and whatever is under way on them.
 
-    A call takes at most `timeout_s` and is never made twice, for nobody can tell whether it was carried out. After
-    three failures in a row the server counts as down: all that waits for it fails at once, as does whatever comes,
-    until a probe is answered. Callers that are cancelled stop waiting; what they sent is read to its end.
+    A call takes at most `timeout_s` and is never made twice, for nobody can tell whether it was carried out. When one
+    fails the server is asked at once whether it is there. After three failures in a row it counts as down: all that
+    waits for it fails at once, as does whatever comes, until a probe is answered. Callers that are cancelled stop
+    waiting; what they sent is read to its end.
 
     `url` is what redis-py takes, or `redis+cluster://`; `on_change` hears `up` and why.
     """
@@ -54,21 +62,27 @@ class RedisServer:
         self._timeout_s = timeout_s
         self._on_change = on_change
         self._failures = 0
+        self._closing = False
         self._tasks = asyncio.TaskGroup()
         self._pending: set[asyncio.Task[None]] = set()
         self._slots = asyncio.Semaphore(_CONNECTIONS)  # a cluster's client refuses where a lone server's would wait
         self._watching: asyncio.Task[None] | None = None
         self.up = True
         """Whether it is worth asking."""
+        self.doubted = False
+        """Whether the last call went unanswered, so that who can do without would rather not ask."""
         self.up_since = -float("inf")
         """When it came back, on the monotonic clock."""
 
     async def __aenter__(self) -> Self:
+        """Opens its connections, as far as it can: the first burst shall not have to."""
         await self._tasks.__aenter__()
+        openings = (self.call(lambda client: client.ping()) for _ in range(_CONNECTIONS))
+        await asyncio.gather(*openings, return_exceptions=True)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        self.up = False
+        self._closing, self.up = True, False
         self._abandon()
         if self._watching is not None:
             self._watching.cancel()
@@ -117,19 +131,25 @@ class RedisServer:
             if not answer.done():
                 answer.set_exception(bug)
         else:
-            self._failures = 0
+            self._succeeded()
             if not answer.done():
                 answer.set_result(result)
 
+    def _succeeded(self) -> None:
+        self._failures, self.doubted = 0, False
+
     async def _failed(self, error: Exception) -> None:
         self._failures += 1
-        if isinstance(error, ReadOnlyError) and isinstance(self._client, Redis):
-            with suppress(*_FOREIGN):  # the name may lead elsewhere now
-                await self._client.connection_pool.disconnect(inuse_connections=False)
+        self.doubted |= not isinstance(error, ResponseError)
         if self.up and self._failures >= _FAILURES:
             self._turn(up=False, reason=type(error).__name__)
             self._abandon()
+        idle = self._watching is None or self._watching.done()
+        if idle and not self._closing and (self.doubted or not self.up):
             self._watching = self._tasks.create_task(self._watch())
+        if isinstance(error, ReadOnlyError | Disconnected) and isinstance(self._client, Redis):
+            with suppress(*_FOREIGN):  # the name may lead elsewhere now, and what one connection met all may have met
+                await self._client.connection_pool.disconnect(inuse_connections=False)
 
     def _abandon(self) -> None:
         current = asyncio.current_task()
@@ -138,13 +158,18 @@ class RedisServer:
                 task.cancel()
 
     async def _watch(self) -> None:
-        """Asks a server that is down now and then."""
-        while not self.up:
-            await asyncio.sleep(_PROBE_S)
-            with suppress(*_FOREIGN):
+        """Asks a server that failed until it answers: at once, and now and then when it is down."""
+        while not self._closing and (self.doubted or not self.up):
+            if not self.up:
+                await asyncio.sleep(_PROBE_S)
+            try:
                 async with _patience(self._timeout_s):
                     await self._client.ping()
-                self._failures = 0
+            except _FOREIGN as error:
+                await self._failed(error)
+                continue
+            self._succeeded()
+            if not self.up:
                 self.up_since = time.monotonic()
                 self._turn(up=True, reason="answered")
 

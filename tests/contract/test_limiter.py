@@ -427,3 +427,36 @@ async def test_what_a_provider_says_never_raises_anything(make_limiter: MakeLimi
     third = await granted(limiter, claim(10))
     await limiter.settle(third, 10, stated=Stated(None, 500))
     assert (await granted(limiter, claim(1, 1000))).tokens == 490
+
+
+# ── other limits ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_other_limits_count_what_was_granted_before(make_limiter: MakeLimiter) -> None:
+    """More lets the difference through at once, less waits until it fits, none lets everything through."""
+    limiter = await make_limiter({NAME: Limits(max_in_flight=0, tokens_per_minute=1000)})
+    await limiter.settle(await granted(limiter, claim(900)), 900)
+    limiter.allow(NAME, Limits(max_in_flight=0, tokens_per_minute=2000))
+    await limiter.settle(await granted(limiter, claim(1000)), 1000)
+    assert await refused(limiter, claim(200)) > 50.0
+    limiter.allow(NAME, Limits(max_in_flight=0, tokens_per_minute=500))
+    await asyncio.sleep(61.0)
+    await limiter.settle(await granted(limiter, claim(500)), 500)
+    assert await refused(limiter, claim(1)) > 50.0
+    limiter.allow(NAME, None)
+    assert (await granted(limiter, claim(10_000))).tokens == 10_000
+    limiter.allow("newcomer", Limits(max_in_flight=0, tokens_per_minute=100))
+    await granted(limiter, claim(100, to="newcomer"))
+    assert await refused(limiter, claim(1, to="newcomer")) > 50.0
+
+
+async def test_slots_are_kept_while_limits_change(make_limiter: MakeLimiter) -> None:
+    """A call under way holds its slot, and gives it back, whatever the limits are by then."""
+    limiter = await make_limiter({NAME: Limits(max_in_flight=1)})
+    first = await granted(limiter, claim(1))
+    limiter.allow(NAME, Limits(max_in_flight=2))
+    second = await granted(limiter, claim(1))
+    assert await refused(limiter, claim(1, waits=False)) > 0
+    for each in (first, second):
+        await limiter.settle(each, 1)
+    await granted(limiter, claim(1))

@@ -202,7 +202,7 @@ async def test_calls_that_wait_for_a_connection_say_nothing_about_the_server(val
         await connected(server)
         proxy.latency_s = 0.12
         ended = await asyncio.gather(*(server.call(getting("x")) for _ in range(100)), return_exceptions=True)
-        assert sum(each is None for each in ended) >= 16
+        assert sum(each is None for each in ended) >= 8
         assert sum(isinstance(each, StoreDown) for each in ended) >= 16
     assert changes == []
 
@@ -420,9 +420,7 @@ async def test_a_connection_that_was_closed_meanwhile_is_the_servers_failure(red
 
     async with RedisServer(redis_url) as server:
         for _ in range(3):
-            with pytest.raises(StoreDown):
+            with pytest.raises(StoreDown, match=r"RuntimeError|down"):
                 await server.call(use)
-        with pytest.raises(StoreDown, match="down"):
-            await server.call(use)
-        await until(lambda: server.up)
+        await until(lambda: server.up and not server.doubted)
         assert await server.call(lambda client: client.ping())

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -148,6 +148,18 @@ async def test_alone_from_the_start_the_quota_is_earned_first(server: TimelessSe
         assert await refused(limiter, claim(500)) == pytest.approx(30.0, abs=1.0)
 
 
+async def test_alone_nobody_grants_what_is_more_than_its_part(server: TimelessServer) -> None:
+    """Each would grant the same to another one: three parts of a half are more than the whole."""
+    async with replicas(server, 3, SMALL) as limiters:
+        for limiter in limiters:
+            await limiter.settle(await granted(limiter, claim(1)), 1)
+        await asyncio.sleep(61.0)
+        server.asleep = True
+        for limiter in limiters:
+            await refused(limiter, claim(500))
+            await granted(limiter, claim(200))
+
+
 # ── T7: empty ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -237,12 +249,15 @@ async def test_a_clock_that_jumps_back_gives_nothing_away(server: TimelessServer
 
 
 class Forgetful(TimelessServer):
-    """Carries out every third script and loses its answer."""
+    """Carries out every third admission and loses its answer."""
 
-    async def run(self, script: Script, keys: object, arguments: object) -> object:
+    admissions = 0
+
+    async def run(self, script: Script, keys: Sequence[str], arguments: Sequence[bytes | str | int]) -> object:
         """See `TimelessServer`."""
-        answer = await super().run(script, keys, arguments)  # type: ignore[arg-type]
-        if self.calls % 3 == 0:
+        answer = await super().run(script, keys, arguments)
+        self.admissions += len(keys) > 1
+        if len(keys) > 1 and self.admissions % 3 == 0:
             raise StoreDown("lost")
         return answer
 

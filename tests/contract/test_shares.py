@@ -12,6 +12,7 @@ import redis
 from app.ports import Served
 from app.storage.redis_server import RedisServer
 from app.storage.redis_shares import RedisShares
+from tests.faults.test_sql_faults import until
 from tests.servers import ValkeyProcess
 from tests.tcp_proxy import TcpProxy
 
@@ -90,6 +91,7 @@ async def test_nothing_is_lost_while_the_server_is_gone(own_valkey: ValkeyProces
         assert await one.exchange(served(a=5)) is None
         assert await other.exchange(served(b=2)) is None
         own_valkey.start()
+        await until(lambda: one._server.up and other._server.up)
         assert total(await one.exchange(served(a=9))) == Counter()
         assert await other.exchange(served(b=3)) == [served(a=9)]
         assert await one.exchange({}) == [served(b=3)]

@@ -224,7 +224,7 @@ class Slow:
 
     def __init__(self, inner: Limiter) -> None:
         self._inner = inner
-        self.settle, self.throttled = inner.settle, inner.throttled
+        self.settle, self.throttled, self.allow = inner.settle, inner.throttled, inner.allow
 
     async def reserve(self, claim: Claim) -> Grant | NotYet:
         """See `ports.Limiter`."""
