@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -150,9 +151,9 @@ async def course(
         for loss, hundredths in LOSSES.items():
             judge = Judge(REQUESTS * hundredths // 100, TOKENS * hundredths // 100)
             scene = stage(folder / loss.__name__, postgres.new_database(), judge, quota, more=off)
-            works[loss.__name__] = take_place(loss, await stack.enter_async_context(scene))
+            works[loss.__name__] = partial(take_place, loss, await stack.enter_async_context(scene))
         scene = stage(folder / "volleys", postgres.new_database(), Judge(), more=small)
-        works["volleys"] = volleys(await stack.enter_async_context(scene))
+        works["volleys"] = partial(volleys, await stack.enter_async_context(scene))
         yield await side_by_side(works)
 
 
