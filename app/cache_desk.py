@@ -97,7 +97,9 @@ class CacheDesk:
             raise UnknownModel(model)
         while chunk := await _first(rest):
             deadline = time.monotonic() + _WARM_DEADLINE_S
-            request = EmbeddingRequest(tenant, model, chunk, deadline, Priority.BULK, input_type=input_type)
+            request = EmbeddingRequest(
+                tenant, model, chunk, deadline, Priority.BULK, input_type=input_type, cause="warm"
+            )
             try:
                 async with pace:
                     await self._embed(request, done)

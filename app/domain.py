@@ -52,12 +52,22 @@ class Limits:
     target_latency_s: float = 0.0
 
 
+class Allowance(msgspec.Struct, frozen=True):
+    """What may be spent in a day and in a month, by UTC, in nano-USD; None: no bound."""
+
+    per_day: int | None = None
+    per_month: int | None = None
+
+
+NO_BOUND = Allowance()
+
+
 @dataclass(frozen=True, slots=True)
 class Tenant:
     """One paying team. `weight` is its share among tenants of one priority; `models` holds `*` or allowed names.
 
     Tenants of one `cache_group` share what was ever embedded for one of them; "" is the group of all who name none.
-    `limits` are for what its requests buy; what is in the cache costs nothing.
+    `limits` and `allowance` are for what its requests buy; what is in the cache costs nothing.
     """
 
     name: str
@@ -66,6 +76,7 @@ class Tenant:
     models: frozenset[str] = frozenset({"*"})
     cache_group: str = ""
     limits: Limits | None = None
+    allowance: Allowance = NO_BOUND
 
     @property
     def account(self) -> str:
@@ -79,6 +90,25 @@ class Tenant:
 
 ANONYMOUS = Tenant("anonymous")
 """Who calls when no key is configured (loopback only)."""
+
+
+Cause: TypeAlias = Literal["miss", "retry", "fallback", "bulk", "warm", "canary"]
+"""Why something was bought."""
+
+Scope: TypeAlias = Literal["embed", "batch", "admin"]
+"""What a key is good for."""
+
+
+class Spender(msgspec.Struct, frozen=True):
+    """On whose account inside its tenant a request buys: a project, the public id of a key, a hashed user; "": none.
+
+    `allowances` are what project and key may spend, by account.
+    """
+
+    project: str = ""
+    key: str = ""
+    user: str = ""
+    allowances: tuple[tuple[str, Allowance], ...] = ()
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, eq=False):
@@ -97,6 +127,8 @@ class EmbeddingRequest(msgspec.Struct, frozen=True, eq=False):
     input_type: InputType | None = None
     truncation: Truncation | None = None
     allow_degraded: bool = False
+    spender: Spender = Spender()
+    cause: Cause = "miss"
 
 
 class EmbeddingResult(msgspec.Struct, frozen=True, eq=False):
@@ -186,7 +218,7 @@ class Deployment:
     """One paid endpoint that serves one Space (in its variants by input type and truncation).
 
     `unit_norm`: the vendor promises unit vectors, so others are malformed. `takes_token_ids`: it understands token
-    ids of the route's vocabulary as they are.
+    ids of the route's vocabulary as they are. `price` is in pico-USD per token; None: not known.
     """
 
     name: str
@@ -197,6 +229,7 @@ class Deployment:
     timeout_s: float = 30.0
     unit_norm: bool = False
     takes_token_ids: bool = False
+    price: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,10 @@ class RejectedInput(EmbedgateError):
         self.position = position
 
 
+class NotFound(EmbedgateError):
+    """What the request names does not exist, or not for this caller."""
+
+
 # ── change the key ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -54,6 +58,13 @@ class Unauthenticated(EmbedgateError):
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+
+
+class InsufficientScope(EmbedgateError):
+    """The key is right, but not made for this."""
+
+    def __init__(self, scope: str) -> None:
+        super().__init__(f"This API key does not have the scope '{scope}'.")
 
 
 # ── wait, then try again ────────────────────────────────────────────────────────────────────────────────────────────
@@ -137,11 +148,12 @@ class InternalError(EmbedgateError):
 class ProviderError(Exception):
     """One call to one deployment failed; `str(error)` is for logs: never a text, a key or a provider's own words.
 
-    `counted` says whether the provider may have counted the call against its quota (and the bill): False only when
-    surely nothing was sent.
+    `counted` says whether the provider may have counted the call against its quota: False only when surely nothing was
+    sent. `may_cost`: it may have been carried out and be on the bill, for the provider did not say that it was not.
     """
 
     counted = True
+    may_cost = False
 
 
 class Throttled(ProviderError):
@@ -186,12 +198,22 @@ class Unreachable(Transient):
     counted = False
 
 
+class BrokenOff(Transient):
+    """The connection was lost before the answer was complete."""
+
+    may_cost = True
+
+
 class CallTimeout(Transient):
     """No complete answer within the attempt's time."""
+
+    may_cost = True
 
 
 class MalformedReply(Transient):
     """The answer was not what was asked for: wrong count, order, dimension, or values that are no vector."""
+
+    may_cost = True
 
 
 # ── the operator's ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from app.domain import Limits, Priority, Space, Text, Vector
+from app.domain import Cause, Limits, Priority, Space, Text, Vector
 
 # ── tokens ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -145,6 +145,56 @@ class Limiter(Protocol):
 
     async def throttled(self, account: str, retry_after_s: float | None) -> None:
         """The provider said 429: nobody is granted anything until then, and the rate goes down for a while."""
+
+
+# ── ledger ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Part(msgspec.Struct, frozen=True):
+    """What of a call is bought for one payer and cause; `tokens` is our count or estimate."""
+
+    tenant: str
+    project: str
+    key: str
+    user: str
+    cause: Cause
+    texts: int
+    tokens: int
+
+
+class Purchase(msgspec.Struct, frozen=True):
+    """One call that is about to be paid for; `id` is its own for all time, `at_ms` Unix milliseconds.
+
+    `price` is in pico-USD per token; None: not known.
+    """
+
+    id: str
+    at_ms: int
+    deployment: str
+    model: str
+    space: str
+    price: int | None
+    parts: tuple[Part, ...]
+
+
+End: TypeAlias = Literal["billed", "estimated", "failed", "unconfirmed"]
+"""How a purchase ended: the vendor said what it counted; it answered and did not say; it took nothing; nobody knows."""
+
+
+class Ledger(Protocol):
+    """Writes down what is spent. What it was told outlives the process; each purchase is booked once.
+
+    A purchase that was begun and never ended, because its process died, is booked as `unconfirmed`.
+    """
+
+    def begin(self, purchase: Purchase) -> None:
+        """Before the call leaves, in one write. Raises TryAgainLater when it cannot be written: then it must not."""
+
+    def end(self, purchase: Purchase, tokens: int, how: End) -> None:
+        """It took so many tokens in all, 0 if it `failed`; the parts of the bill are as the parts' own tokens."""
+
+    def spared(self, tenant: str, model: str, *, hits: int, joined: int, tokens: int, nano_usd: int | None) -> None:
+        """What was not bought: texts found in the cache or bought for somebody else, and what they would have cost."""
 
 
 # ── shares ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import BinaryIO, Self, assert_never
 
+from app.directory import Directory
 from app.domain import ANONYMOUS, Deployment, Route, Tenant
 from app.engine.breaker import CircuitBreaker
 from app.engine.canary import Canary, Finding, Watch, probes
@@ -51,6 +52,7 @@ class Runtime:
         self.menu: Menu
         self.telemetry: Telemetry
         self.stores: Stores
+        self.directory: Directory
         self.gateway: Gateway
         self.canary: Canary
         self._rng = random.Random()  # noqa: S311 — jitter
@@ -59,7 +61,7 @@ class Runtime:
 
     @property
     def tenants(self) -> Mapping[str, Tenant]:
-        """Who may call, by API key, made when asked since keys are not to lie about; empty when none is configured."""
+        """Configured tenants, by API key, made when asked since keys are not to lie about; empty when there is none."""
         return {
             key.get_secret_value(): tenant.tenant(name)
             for name, tenant in self.settings.tenants.items()
@@ -78,6 +80,7 @@ class Runtime:
             limits = {name: gate.deployment.limits for name, gate in gates.items()}
             limits |= {tenant.account: tenant.limits for tenant in self.tenants.values() if tenant.limits}
             limiter = await self.stores.limiter(limits, stack)
+            self.directory = await stack.enter_async_context(self._directory(limiter))
             self.gateway = await stack.enter_async_context(self._engine(gates, limiter, bell))
             self.canary = self._canary(gates, limiter, bell)
             self._stack = stack.pop_all()
@@ -90,6 +93,7 @@ class Runtime:
         """Reasons why this process should get no requests now; empty when it should."""
         complaint = self.stores.complaint()
         own = [*(["draining"] if self.draining else []), *([complaint] if complaint else [])]
+        own += [] if self.settings.tenants or self.directory.loaded else ["the keys cannot be read yet"]
         return own + self.gateway.why_not_ready()
 
     async def probe(self, *, accept: bool = False) -> list[Finding]:
@@ -123,6 +127,20 @@ class Runtime:
             lambda: [((each.deployment, each.model), each.days) for each in retirements(self.settings, self._today())],
         )
         return telemetry
+
+    def _directory(self, limiter: Limiter) -> Directory:
+        """Who knows the tenants made at run time."""
+        telemetry, stores = self.telemetry, self.stores
+        configured = {tenant.name: tenant for tenant in self.tenants.values()}
+        directory = Directory(
+            stores.directory, stores.secret, telemetry, configured=configured, on_limits=limiter.allow
+        )  # fmt: skip
+        telemetry.watch(
+            "embedgate_directory_age_seconds", "Since it was last known which keys and tenants there are", (),
+            lambda: [((), directory.age_s)],
+        )  # fmt: skip
+        telemetry.watch("embedgate_directory_tenants", "Tenants made at run time", (), lambda: [((), directory.size)])
+        return directory
 
     def _gates(self) -> dict[str, Gate]:
         """A Gate per deployment that some model uses, shared by all models that do."""
@@ -184,12 +202,13 @@ class Runtime:
         parts = EngineParts(
             cache=self.stores.cache,
             limiter=limiter,
+            ledger=self.stores.ledger,
             gates=gates,
             telemetry=self.telemetry,
             secret=self.stores.secret.derive("cache keys"),
             older_secrets=self.stores.secret.derive_older("cache keys"),
             bulk_share=settings.queue.bulk_share,
-            several_tenants=len(settings.tenants) > 1,
+            several_tenants=len(settings.tenants) + self.directory.size > 1,
             shares=self.stores.shares,
         )
         intake = Intake(
@@ -210,7 +229,8 @@ class Runtime:
             texts, tokens = probes(model.counter, space.max_input_tokens, most)
             interval_s, cosine = settings.canary_interval_s, settings.canary_cosine
             watches.append(Watch(name, space, of_model, texts, tokens, interval_s, cosine))
-        return Canary(watches, self.stores.landmarks, limiter, bell, self.telemetry, clock=time.monotonic)
+        stores, clock = self.stores, time.monotonic
+        return Canary(watches, stores.landmarks, limiter, stores.ledger, bell, self.telemetry, clock=clock)
 
 
 def _dialect(settings: RemoteDeployment) -> Dialect:

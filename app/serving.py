@@ -91,6 +91,7 @@ class Menu:
             attempts=settings.retry(),
             breaker=self.settings.breaker(name),
             timeout_s=settings.timeout_s,
+            price=settings.price,
         )
         match settings:
             case RemoteDeployment():

@@ -1,6 +1,7 @@
 """Hides where state lives: opens the stores that the settings name, in order, and closes them in reverse."""
 
 import asyncio
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
@@ -14,6 +15,8 @@ from app.domain import Limits
 from app.errors import ConfigurationError
 from app.ports import Limiter
 from app.settings import Settings
+from app.storage.journal import Journal
+from app.storage.ledger import BookedLedger
 from app.storage.level import Epoch, Level, LevelDown
 from app.storage.limiter import InProcessLimiter
 from app.storage.memory import MemoryCache
@@ -25,9 +28,12 @@ from app.storage.sealing import Sealer
 from app.storage.secret import MasterSecret, confirm, own_secret
 from app.storage.sql.cache import SqlLevel
 from app.storage.sql.database import Database, DatabaseDown
+from app.storage.sql.directory import SqlDirectory
 from app.storage.sql.epochs import SqlEpochs
 from app.storage.sql.landmarks import SqlLandmarks
+from app.storage.sql.ledger import SqlLedger
 from app.storage.sql.migrations import migrate
+from app.storage.sql.usage import SqlUsage
 from app.storage.tiers import TieredCache
 from app.telemetry import Telemetry
 
@@ -66,10 +72,11 @@ class Stores:
         self.sql: SqlLevel
         self.epochs: SqlEpochs
         self.cache: TieredCache
+        self.ledger: BookedLedger
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            self.secret = await asyncio.to_thread(self._master)
+            self.secret = await asyncio.to_thread(master_secret, self._settings)
             self.database = await stack.enter_async_context(
                 open_database(self._settings, serves=self._serves, on_change=partial(self._changed, "database"))
             )
@@ -85,6 +92,7 @@ class Stores:
             self._redis = await self._server(stack, "redis", self._settings.stores.redis_url)
             self.shares = RedisShares(self._redis, self.replica) if self._redis else None
             self.cache = await stack.enter_async_context(await self._cache(stack))
+            self.ledger = await stack.enter_async_context(self._ledger())
             self._watch()
             self._background.append(self._tasks.create_task(self._tend(preparing), name="stores"))
             self._stack = stack.pop_all()
@@ -110,15 +118,21 @@ class Stores:
         """The accepted vectors of each Space."""
         return SqlLandmarks(self.database)
 
+    @property
+    def usage(self) -> SqlUsage:
+        """What was spent, as it has been summed up."""
+        return SqlUsage(self.database)
+
+    @property
+    def directory(self) -> SqlDirectory:
+        """Tenants, projects and keys made at run time."""
+        return SqlDirectory(self.database, ready=lambda: self._prepared)
+
     def complaint(self) -> str | None:
         """Why this process should get no requests, if so."""
         return self._complaint
 
     # ── opening ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _master(self) -> MasterSecret:
-        configured = [each.get_secret_value().encode() for each in self._settings.server.secret]
-        return MasterSecret(configured[0], configured[1:]) if configured else own_secret(_data_dir(self._settings))
 
     async def _prepare(self) -> None:
         """Makes sure that the tables are there and ours; never raises, since it may take longer than a start may."""
@@ -167,6 +181,22 @@ class Stores:
         )
         return TieredCache(memory, levels, sealer, self._telemetry, epochs=_Ours(self))
 
+    def _ledger(self) -> BookedLedger:
+        folder, kept = _data_dir(self._settings) / "journal", self._settings.ledger
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(f"stores.data_dir: {folder} cannot be made: {error.strerror}") from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigurationError(f"stores.data_dir: {folder} cannot be written, and nothing is bought unwritten")
+        return BookedLedger(
+            Journal(folder, self.replica, max_bytes=kept.journal_max_bytes),
+            SqlLedger(self.database, self.replica),
+            self._telemetry,
+            ready=lambda: self._prepared,
+            keep_days=kept.keep_days,
+        )
+
     # ── afterwards ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _tend(self, preparing: asyncio.Task[None]) -> None:
@@ -202,6 +232,13 @@ class Stores:
             "embedgate_replicas", "Replicas that were there lately", (),
             lambda: [((), self.shares.replicas if self.shares else 1)],
         )  # fmt: skip
+        self._telemetry.watch(
+            "embedgate_ledger_unbooked", "Purchases that the database does not know of yet", (),
+            lambda: [((), self.ledger.waiting)],
+        )  # fmt: skip
+        self._telemetry.watch(
+            "embedgate_journal_bytes", "Disk that the journal takes", (), lambda: [((), self.ledger.journal_bytes)]
+        )
 
     def _stop(self) -> None:
         for task in self._background:
@@ -215,6 +252,12 @@ class Stores:
         if not self._prepared:
             raise LevelDown("not prepared")
         return await self.epochs.read()
+
+
+def master_secret(settings: Settings) -> MasterSecret:
+    """What every key of ours is made from; without a configured one that of this machine. ConfigurationError."""
+    configured = [each.get_secret_value().encode() for each in settings.server.secret]
+    return MasterSecret(configured[0], configured[1:]) if configured else own_secret(_data_dir(settings))
 
 
 def open_database(

@@ -244,6 +244,11 @@ class LearnedRatio:
         """What to multiply a count with, so that hardly any call bills more."""
         return min(self._mean + 3 * math.sqrt(self._variance), self._MOST)
 
+    @property
+    def mean(self) -> float:
+        """What to multiply a count with to expect the bill."""
+        return self._mean
+
     def learn(self, counted: int, billed: int) -> None:
         """Takes in one settled call; a call without counted tokens teaches nothing."""
         if counted <= 0:

@@ -15,6 +15,7 @@ from prometheus_client import generate_latest
 
 from app.domain import (
     ANONYMOUS,
+    Cause,
     Deployment,
     EmbeddingRequest,
     EmbeddingResult,
@@ -23,6 +24,7 @@ from app.domain import (
     Priority,
     Route,
     Space,
+    Spender,
     Tenant,
     Text,
     Truncation,
@@ -33,15 +35,44 @@ from app.engine.gateway import EngineParts, Gateway
 from app.engine.intake import Intake
 from app.engine.workqueue import QueueBound
 from app.errors import ProviderError
-from app.ports import Cache, Limiter, Reply, Served, Shares
+from app.ports import Cache, End, Ledger, Limiter, Purchase, Reply, Served, Shares
 from app.storage.limiter import InProcessLimiter
 from app.storage.memory import MemoryCache
 from app.telemetry import Telemetry
 from tests.identity import identifying_vector, identifying_vectors
 
 MODEL = "model-a"
+NOBODY = Spender()
 WIDTH = 8
 Twist = Callable[[Sequence[Text], Reply], Reply]
+
+
+class Notebook:
+    """A Ledger that only remembers: what is under way, what ended how, what was spared."""
+
+    def __init__(self) -> None:
+        self.under_way: dict[str, Purchase] = {}
+        self.ended: list[tuple[Purchase, int, End]] = []
+        self.hits = self.joined = self.tokens = self.nano_usd = 0
+
+    def begin(self, purchase: Purchase) -> None:
+        """See `ports.Ledger`."""
+        assert purchase.id not in self.under_way
+        self.under_way[purchase.id] = purchase
+
+    def end(self, purchase: Purchase, tokens: int, how: End) -> None:
+        """See `ports.Ledger`."""
+        assert self.under_way.pop(purchase.id) == purchase
+        self.ended.append((purchase, tokens, how))
+
+    def spared(self, tenant: str, model: str, *, hits: int, joined: int, tokens: int, nano_usd: int | None) -> None:
+        """See `ports.Ledger`."""
+        assert tenant
+        assert model
+        self.hits += hits
+        self.joined += joined
+        self.tokens += tokens
+        self.nano_usd += nano_usd or 0
 
 
 class Words:
@@ -88,6 +119,7 @@ class ScriptedProvider:
     refusal: ProviderError | None = None
     calls: list[tuple[float, list[Text]]] = field(default_factory=list)
     timeouts_s: list[float] = field(default_factory=list)
+    billed: int = 0
     in_flight: int = 0
     most_in_flight: int = 0
 
@@ -111,7 +143,9 @@ class ScriptedProvider:
             identifying_vectors([space.prompt + t if isinstance(t, str) else t for t in texts], self.model, self.width),
             self.bills(texts),
         )
-        return step(texts, honest) if callable(step) else honest
+        reply = step(texts, honest) if callable(step) else honest
+        self.billed += reply.tokens_billed or 0
+        return reply
 
     async def aclose(self) -> None:
         """Nothing is held."""
@@ -148,10 +182,14 @@ class Rig:
         model: str = MODEL,
         input_type: InputType | None = None,
         truncation: Truncation | None = None,
+        spender: Spender = NOBODY,
+        cause: Cause = "miss",
     ) -> EmbeddingResult:
         """Embeds `texts` and proves that each got its own vector, in order."""
         deadline = asyncio.get_running_loop().time() + within_s
-        request = EmbeddingRequest(tenant, model, texts, deadline, priority, dimensions, input_type, truncation)
+        request = EmbeddingRequest(
+            tenant, model, texts, deadline, priority, dimensions, input_type, truncation, spender=spender, cause=cause
+        )
         result = await self.gateway.embed(request)
         assert len(result.vectors) == len(texts)
         if dimensions is None and truncation in (None, "none"):
@@ -231,6 +269,7 @@ async def engine(
     bound: QueueBound | None = None,
     cache: Cache | None = None,
     limiter: Limiter | None = None,
+    ledger: Ledger | None = None,
     shares: Shares | None = None,
     several_tenants: bool = False,
     cuts_dimensions: bool = False,
@@ -269,12 +308,14 @@ async def engine(
     parts = EngineParts(
         cache=cache or MemoryCache(1 << 20),
         limiter=limiter or InProcessLimiter({named.name: named.limits for named in deployments}, clock=loop.time),
+        ledger=ledger or Notebook(),
         gates=gates,
         telemetry=telemetry,
         secret=b"rig",
         several_tenants=several_tenants,
         shares=shares,
     )
+    billed_before = sum(each.billed for each in providers)
     intake = Intake({MODEL: route}, {MODEL: Words()}, Words())
     waiting = bound or QueueBound()
     async with Gateway(intake, parts, waiting, bell, rng=rng) as gateway:
@@ -287,3 +328,7 @@ async def engine(
             log,
         )
     telemetry.close()
+    if isinstance(parts.ledger, Notebook):
+        assert not parts.ledger.under_way
+        booked = sum(tokens for _, tokens, how in parts.ledger.ended if how == "billed")
+        assert booked == sum(each.billed for each in providers) - billed_before

@@ -7,11 +7,10 @@ import msgspec
 from fastapi import FastAPI, Request
 
 from app.api import openapi
-from app.api.auth import Keys, authorizations
+from app.api.auth import Keys
 from app.api.errors import NotReady, compressed_body, unknown_url, unsupported_media_type
 from app.api.exchange import CallerLeft, read_body
 from app.cache_desk import CacheDesk, Invalidation, Warming
-from app.domain import ANONYMOUS
 from app.errors import InvalidRequest
 from app.runtime import Runtime
 from app.storage.level import LevelDown
@@ -29,16 +28,15 @@ class WarmRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def admin_only(runtime: Runtime) -> Callable[[Request], None]:
-    """What lets operators pass: everybody on loopback, elsewhere who has the admin key; without one nobody."""
-    server = runtime.settings.server
-    admin = Keys({server.admin_key.get_secret_value(): ANONYMOUS} if server.admin_key else {})
+    """What lets operators pass: everybody on loopback, elsewhere who has an admin key; where there is none nobody."""
+    server, directory, keys = runtime.settings.server, runtime.directory, Keys(runtime)
 
     def check(request: Request) -> None:
-        if server.loopback:
+        if server.loopback or keys.is_operator(request.scope):
             return
-        if server.admin_key is None:
-            raise unknown_url(request.method, request.url.path)
-        admin.tenant(authorizations(request.scope["headers"]))
+        if server.admin_key is None and not directory.operated:
+            raise unknown_url(request.method, request.scope["path"])
+        raise keys.refusal(request.scope)
 
     return check
 
@@ -61,7 +59,7 @@ def add(api: FastAPI, runtime: Runtime) -> None:
     async def cache_invalidate(request: Request) -> dict[str, int]:
         """Makes vectors unreachable in every process within 5 s; says how many rows left the database."""
         check(request)
-        wanted = await _body(request, Invalidation)
+        wanted = await json_body(request, Invalidation)
         try:
             return {"rows": await desk.invalidate(wanted)}
         except LevelDown as error:
@@ -71,18 +69,23 @@ def add(api: FastAPI, runtime: Runtime) -> None:
     async def cache_warm(request: Request) -> dict[str, int]:
         """Embeds at bulk priority what is not kept yet."""
         check(request)
-        wanted, done = await _body(request, WarmRequest), Warming()
+        wanted, done = await json_body(request, WarmRequest), Warming()
         texts = desk.warm(wanted.model, wanted.texts, input_type=wanted.input_type, cache_group=wanted.cache_group)
         async for step in texts:
             done = step
         return {"texts": done.texts, "kept": done.kept, "failed": done.failed, "tokens": done.tokens}
 
 
-async def _body(request: Request, kind: type[_T]) -> _T:
+async def json_body(request: Request, kind: type[_T]) -> _T:
     """The JSON body as a `kind`; read within the bounds of the embeddings route.
 
     It must say that it is JSON: a page in a browser on this machine may send anything else without asking first.
     """
+    return decoded(await raw_body(request), kind)
+
+
+async def raw_body(request: Request) -> bytes:
+    """The same, still to be decoded."""
     headers = request.headers
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise unsupported_media_type()
@@ -90,9 +93,16 @@ async def _body(request: Request, kind: type[_T]) -> _T:
         raise compressed_body()
     length = headers.get("content-length", "0")
     try:
-        body = await read_body(request.receive, length.encode() if length.isdecimal() else None)
+        return await read_body(request.receive, length.encode() if length.isdecimal() else None)
+    except CallerLeft:  # who hears nothing of it
+        raise InvalidRequest("The body is not complete.", code="invalid_json") from None
+
+
+def decoded(body: bytes, kind: type[_T]) -> _T:
+    """A JSON body as a `kind`. Raises InvalidRequest."""
+    try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"The body is not understood: {error}.", code="invalid_value") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, CallerLeft):  # whoever left hears nothing of it
+    except (msgspec.DecodeError, UnicodeDecodeError):
         raise InvalidRequest("The body is not valid JSON.", code="invalid_json") from None

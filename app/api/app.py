@@ -17,7 +17,7 @@ _CLOSE = (b"connection", b"close")
 
 def create_app(runtime: Runtime) -> ASGIApp:
     """The whole HTTP face of `runtime` as an ASGI application. Called inside the event loop that will serve it."""
-    keys = Keys(runtime.tenants)
+    keys = Keys(runtime)
     attempts = Attempts()
     hot = embeddings.EmbeddingsRoute(runtime, keys, attempts)
     rest = _stamped(ops.framework(runtime, keys, attempts), runtime)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from starlette.types import Receive, Scope, Send
 
 from app.api import bulky, wire
-from app.api.auth import Attempts, Keys, authorizations
+from app.api.auth import Attempts, Keys
 from app.api.errors import (
     Header,
     compressed_body,
@@ -17,7 +17,8 @@ from app.api.errors import (
     unsupported_media_type,
 )
 from app.api.exchange import Attended, Begun, CallerLeft, read_body, refuse, request_id, send_whole
-from app.domain import ANONYMOUS, EmbeddingResult, Tenant
+from app.directory import ANYBODY, Caller
+from app.domain import EmbeddingResult, Spender
 from app.errors import EmbedgateError, ShuttingDown, Unauthenticated
 from app.runtime import Runtime
 
@@ -34,7 +35,7 @@ class _Visit:
     headers: dict[bytes, bytes]
     id: bytes
     started_s: float
-    tenant: Tenant = ANONYMOUS
+    caller: Caller = ANYBODY
     model: str = "unknown"
     items: int = 0
     result: EmbeddingResult | None = None
@@ -87,7 +88,8 @@ class EmbeddingsRoute:
             visit.model = asked.model
         visit.items = len(texts)
         deadline_s = runtime.settings.server.deadline_s
-        request = wire.request(asked, texts, visit.tenant, visit.headers, now_s=now_s, deadline_s=deadline_s)
+        tenant, spender = visit.caller.tenant, self._spender(visit, asked.user)
+        request = wire.request(asked, texts, tenant, visit.headers, spender=spender, now_s=now_s, deadline_s=deadline_s)
         embedding = Begun(runtime.gateway.embed(request))
         if not embedding.done:
             async with Attended(receive):
@@ -101,6 +103,13 @@ class EmbeddingsRoute:
             answer = b"".join(wire.pieces(asked, result))
             await send_whole(send, 200, [*headers, (b"content-length", b"%d" % len(answer))], answer)
 
+    def _spender(self, visit: _Visit, user: str | None) -> Spender:
+        """On whose account inside its tenant the caller buys. Raises InvalidRequest."""
+        project = wire.project(visit.headers, of_key=visit.caller.spender.project)
+        if not (project or user):
+            return visit.caller.spender
+        return self._runtime.directory.spender(visit.caller, project, user or "")
+
     async def _one_by_one(self) -> None:
         """Lets others have their turn between two large requests: reading one keeps the loop for some milliseconds."""
         async with self._doorway:
@@ -112,7 +121,7 @@ class EmbeddingsRoute:
             raise ShuttingDown
         if scope["method"] != "POST":
             raise method_not_allowed(scope["method"], PATH, "POST")
-        visit.tenant = self._keys.tenant(authorizations(scope["headers"]))
+        visit.caller = self._keys.caller(scope, "embed")
         media_type = visit.headers.get(b"content-type", _MEDIA_TYPE)
         if media_type != _MEDIA_TYPE and media_type.partition(b";")[0].strip().lower() != _MEDIA_TYPE:
             raise unsupported_media_type()
@@ -139,7 +148,7 @@ class EmbeddingsRoute:
         result = visit.result
         self._runtime.telemetry.request_finished(
             request_id=visit.id.decode(),
-            tenant=visit.tenant.name,
+            tenant=visit.caller.tenant.name,
             model=visit.model,
             status=visit.status,
             code=visit.code,

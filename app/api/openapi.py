@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI
 
 from app.api import wire
 from app.api.exchange import MOST_BODY_BYTES
+from app.tenant_desk import Budget, NewKey, NewTenant, Rotation, TenantTerms
 
 _Schema = dict[str, Any]
 
@@ -46,7 +48,8 @@ _REQUEST: _Schema = {
         "encoding_format": _choice("encoding_format", "How vectors are written; `float` unless named. `base64` is "
                                    "float32, little-endian, in standard padded base64."),
         "dimensions": _optional({"type": "integer", "minimum": 1}, "A smaller width, for models that have it."),
-        "user": _optional({"type": "string", "maxLength": 256}, "Your end user; kept nowhere."),
+        "user": _optional({"type": "string", "maxLength": 256}, "Your end user; only a keyed hash of it is kept, "
+                          "beside what was bought."),
         "service_tier": _choice("service_tier", "`priority` goes first, `flex` is bulk; `auto` and `default` mean the "
                                 "priority of your key."),
         "input_type": _choice("input_type", "For models that put a prompt in front of queries or documents."),
@@ -101,6 +104,18 @@ _MODEL_LIST: _Schema = {
     "properties": {
         "object": {"const": "list"},
         "data": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}},
+    },
+}
+
+_USAGE_LIST: _Schema = {
+    "type": "object",
+    "required": ["object", "data", "has_more", "next"],
+    "properties": {
+        "object": {"const": "list"},
+        "data": {"type": "array", "items": {"type": "object"}},
+        "has_more": {"type": "boolean"},
+        "next": {"type": ["string", "null"], "description": "`after` of the next page."},
+        "totals": {"type": "object", "description": "The sums of all pages."},
     },
 }
 
@@ -175,6 +190,8 @@ _CREATE: _Schema = {
         {"name": "x-embedgate-deadline-ms", "in": "header",
          "schema": {"type": "integer", "minimum": 1, "maximum": 3_600_000},
          "description": "How long an answer is of use; later it is a 504."},
+        {"name": "x-embedgate-project", "in": "header", "schema": {"type": "string", "maxLength": 128},
+         "description": "On whose account in your tenant this is bought; a key that has a project takes no other."},
         {"name": "x-embedgate-allow-degraded", "in": "header", "schema": {"type": "boolean"},
          "description": "Whether, when every deployment of the model is out, vectors of another model are welcome."},
     ],
@@ -187,6 +204,7 @@ _CREATE: _Schema = {
         "200": _json("The vectors.", "EmbeddingResponse", _TOLD),
         "400": _error("The request cannot be served as it stands; `param` says where."),
         "401": _NO_KEY,
+        "403": _error("The key is not made for this: it lacks the scope `embed`."),
         "404": _error("The model does not exist or this key may not use it."),
         "405": _error("Another method than POST.", {"allow": _header("`POST`")}),
         "413": _error("The body is too large; the connection is closed."),
@@ -258,6 +276,86 @@ CACHE_WARM = _admin(
 )  # fmt: skip
 
 
+_WHEN = "A date, with a time as in 2026-11-21T09:30:00Z, or Unix seconds; widened to whole hours or days of UTC."
+_SPAN: list[_Schema] = [
+    {"name": "start", "in": "query", "schema": {"type": "string"}, "description": f"{_WHEN} Default: this month's."},
+    {"name": "end", "in": "query", "schema": {"type": "string"}, "description": f"{_WHEN} It is no part of the span."},
+]
+_PAGE: list[_Schema] = [
+    {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 1000}},
+    {"name": "after", "in": "query", "schema": {"type": "string"}, "description": "`next` of the page before."},
+]
+_GROUPS = ["tenant", "project", "model", "deployment", "cause"]
+
+
+def _only(*groups: str) -> list[_Schema]:
+    return [
+        {"name": group, "in": "query", "schema": {"type": "string"}, "description": f"Only of this {group}."}
+        for group in groups
+    ]
+
+
+def _usage(name: str, security: list[_Schema], *parameters: _Schema) -> _Schema:
+    return {
+        "operation_id": name,
+        "responses": {
+            200: _json("The lines, in order.", "UsageList"), 400: _error("A parameter cannot be; `param` says which."),
+            401: _NO_KEY, 503: _UNAVAILABLE,
+        },
+        "openapi_extra": {"security": security, "parameters": [*parameters]},
+    }  # fmt: skip
+
+
+USAGE = _usage(
+    "listUsage", [*_KEYED, *_ADMIN[:1]], *_SPAN,
+    {"name": "by", "in": "query",
+     "schema": {"type": "string", "enum": ["hour", "day", "month", "total"], "default": "day"}},
+    {"name": "group", "in": "query", "explode": False,
+     "schema": {"type": "array", "items": {"type": "string", "enum": _GROUPS}, "default": ["model"]}},
+    *_only(*_GROUPS), *_PAGE,
+)  # fmt: skip
+USAGE_UNCONFIRMED = _usage("listUnconfirmedUsage", _ADMIN, *_SPAN, *_only("tenant"), *_PAGE)
+
+
+_KINDS = (NewTenant, TenantTerms, Budget, NewKey, Rotation)
+_, _BODIES = msgspec.json.schema_components(_KINDS, ref_template="#/components/schemas/{name}")
+
+
+_ROWS: list[_Schema] = [
+    {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 1000}},
+    {"name": "after", "in": "query", "schema": {"type": "string"}, "description": "Name or id of the last row."},
+]
+
+
+def _desk(name: str, description: str, body: type | None = None, *parameters: _Schema) -> _Schema:
+    extra: _Schema = {"security": _ADMIN, "parameters": [*parameters]}
+    if body is not None:
+        schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    answers = {
+        200: _json(description, "Object"), 400: _error("The request is not understood."), 401: _NO_KEY,
+        404: _error("There is no such thing."), 503: _UNAVAILABLE,
+    }  # fmt: skip
+    return {"operation_id": name, "responses": answers, "openapi_extra": extra}
+
+
+TENANTS = _desk("listTenants", "Tenants by name.", None, *_ROWS)
+TENANT_CREATE = _desk("createTenant", "The tenant.", NewTenant)
+TENANT = _desk("retrieveTenant", "The tenant and its projects.")
+TENANT_UPDATE = _desk("updateTenant", "The tenant.", TenantTerms)
+TENANT_DELETE = _desk("deleteTenant", "That it is deleted.")
+PROJECT = _desk("retrieveProject", "The project.")
+PROJECT_SET = _desk("setProject", "The project.", Budget)
+PROJECT_DELETE = _desk("deleteProject", "That it is deleted.")
+KEYS = _desk(
+    "listKeys", "Keys by public id.", None,
+    {"name": "tenant", "in": "query", "schema": {"type": "string"}, "description": "Only of this one."}, *_ROWS,
+)  # fmt: skip
+KEY_CREATE = _desk("createKey", "The key; the field `key` is shown this once.", NewKey)
+KEY_ROTATE = _desk("rotateKey", "The key with its new secret.", Rotation)
+KEY_REVOKE = _desk("revokeKey", "The key as it ended.")
+
+
 def complete(api: FastAPI) -> None:
     """Makes `api` describe the embeddings route, the errors and the keys too; every document it gives has them."""
     described = api.openapi
@@ -272,7 +370,7 @@ def complete(api: FastAPI) -> None:
             "schemas": {
                 "EmbeddingRequest": _REQUEST, "EmbeddingResponse": _RESPONSE, "Embedding": _EMBEDDING,
                 "Model": _MODEL, "ModelList": _MODEL_LIST, "Status": _STATUS, "Error": _ERROR,
-                "Counts": _COUNTS,
+                "Counts": _COUNTS, "UsageList": _USAGE_LIST, "Object": {"type": "object"}, **_BODIES,
             },
             "securitySchemes": {
                 "ApiKey": {"type": "http", "scheme": "bearer", "description": "Needed if any key is configured."},

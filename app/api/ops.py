@@ -8,8 +8,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from app import __version__
-from app.api import admin, openapi
-from app.api.auth import Attempts, Keys, authorizations
+from app.api import admin, admin_tenants, openapi, usage
+from app.api.auth import Attempts, Keys
 from app.api.errors import HttpRefusal, NotReady, method_not_allowed, reply_to, unknown_url
 from app.domain import Route, Tenant
 from app.errors import EmbedgateError, RateLimited, Unauthenticated, UnknownModel
@@ -26,13 +26,15 @@ def framework(runtime: Runtime, keys: Keys, attempts: Attempts) -> FastAPI:
     _add_probes(api, runtime)
     _add_metrics(api, runtime)
     admin.add(api, runtime)
+    admin_tenants.add(api, runtime)
+    usage.add(api, runtime, keys)
     openapi.complete(api)
     return api
 
 
 def _add_models(api: FastAPI, runtime: Runtime, keys: Keys) -> None:
     def tenant(request: Request) -> Tenant:
-        return keys.tenant(authorizations(request.scope["headers"]))
+        return keys.caller(request.scope, "embed").tenant
 
     @api.get("/v1/models", **openapi.MODELS)
     async def list_models(request: Request) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import orjson
 from app import vectors
 from app.api import bulky
 from app.api.errors import Header, printable
-from app.domain import EmbeddingRequest, EmbeddingResult, InputType, Priority, Tenant, Text
+from app.directory import NAME
+from app.domain import EmbeddingRequest, EmbeddingResult, InputType, Priority, Spender, Tenant, Text
 from app.errors import InvalidRequest
 from app.tokens import Cl100k
 
@@ -30,6 +31,7 @@ _TIERS = {"priority": Priority.INTERACTIVE, "flex": Priority.BULK}
 _PRIORITIES = {priority.name.lower().encode(): priority for priority in Priority}
 _TRUTHS: Mapping[bytes, bool] = {b"true": True, b"false": False, b"1": True, b"0": False}
 _DEADLINE = re.compile(rb"[0-9]{1,7}").fullmatch
+_PROJECT = re.compile(NAME.encode()).fullmatch
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]").search
 
 
@@ -73,8 +75,8 @@ def read(body: bytes, vocabulary: Cl100k) -> tuple[Asked, tuple[Text, ...]]:
 
 
 def request(
-    asked: Asked, texts: tuple[Text, ...], tenant: Tenant, headers: Mapping[bytes, bytes], *, now_s: float,
-    deadline_s: float,
+    asked: Asked, texts: tuple[Text, ...], tenant: Tenant, headers: Mapping[bytes, bytes], *, spender: Spender,
+    now_s: float, deadline_s: float,
 ) -> EmbeddingRequest:  # fmt: skip
     """The request in the engine's nouns; `deadline_s` holds if the headers name none. Raises InvalidRequest."""
     wait_ms = headers.get(b"x-embedgate-deadline-ms")
@@ -90,7 +92,20 @@ def request(
         input_type=asked.input_type,
         truncation=asked.truncate,
         allow_degraded=degraded is not None and _truth("x-embedgate-allow-degraded", degraded),
+        spender=spender,
     )
+
+
+def project(headers: Mapping[bytes, bytes], *, of_key: str) -> str:
+    """The project that the headers name, or ""; a key that has one is good for no other. Raises InvalidRequest."""
+    named = headers.get(b"x-embedgate-project")
+    if named is None:
+        return ""
+    if not _PROJECT(named) or of_key not in {"", named.decode()}:
+        text = "Invalid value for 'x-embedgate-project'. Must be "
+        text += f"the key's own project, '{of_key}', or left off." if of_key else "1 to 128 of A-Z a-z 0-9 . _ : @ + -."
+        raise InvalidRequest(text, param="x-embedgate-project", code="invalid_value")
+    return named.decode()
 
 
 def _deadline_s(value: bytes) -> float:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from app import __version__
-from app.cli import cache
+from app.cli import cache, keys, tenants, usage
 from app.cli.running import Config, run, with_examples
 from app.domain import Route
 from app.errors import ConfigurationError
@@ -29,6 +29,7 @@ from app.settings import (
     json_lines,
     load,
     table,
+    usd_per_million,
     verdict,
 )
 
@@ -59,6 +60,10 @@ command = typer.Typer(
 )
 
 command.add_typer(cache.commands, name="cache")
+command.add_typer(tenants.commands, name="tenants")
+command.add_typer(tenants.projects, name="projects")
+command.add_typer(keys.commands, name="keys")
+command.command(help=usage.HELP)(usage.usage)
 
 _CHECK = """
 Say what is wrong with the configuration (exit code 2), or print what is in force: defaults, tiers, headroom and catalog
@@ -165,7 +170,7 @@ def models(
 ) -> None:
     """See `_MODELS`."""
     settings = load(find(config, os.environ), os.environ)
-    served = [_row(route) for route in _routes(settings)]
+    served = [_row(settings, route) for route in _routes(settings)]
     if as_json:
         print(json_lines([*served, *catalog_rows()]))
         return
@@ -179,12 +184,15 @@ def migrate(config: Config = None) -> None:
     print(run(lambda: cache.migrated(settings)))
 
 
-def _row(route: Route) -> Row:
+def _row(settings: Settings, route: Route) -> Row:
+    bought_at = [settings.deployments[deployment.name] for deployment in route.deployments]
     return {
         "model": route.model,
         "dimensions": route.space.dimensions,
         "max_input_tokens": route.space.max_input_tokens,
         "deployments": [deployment.name for deployment in route.deployments],
+        "usd_per_million": [usd_per_million(deployment.price) for deployment in bought_at],
+        "prices_from": [deployment.price_source for deployment in bought_at],
     }
 
 

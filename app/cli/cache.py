@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 import typer
 
-from app.cli.running import Config, run, with_examples
+from app.cli.running import Config, run, span_s, with_examples
 from app.errors import ConfigurationError, EmbedgateError
 from app.settings import Settings, find, json_lines, load, table
 
@@ -43,7 +42,6 @@ they are asked for:
     embedgate cache invalidate --space s1-0123456789abcdef01234567 --older-than 12h
     embedgate cache invalidate --all
 """
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 commands = typer.Typer(help=with_examples(_CACHE), no_args_is_help=True, rich_markup_mode=None)
 
@@ -120,7 +118,7 @@ def invalidate(
     as_json: _Json = False,
 ) -> None:
     """See `_INVALIDATE`."""
-    older_than_s = _age_s(older_than) if older_than else None
+    older_than_s = span_s(older_than, "--older-than") if older_than else None
     settings = load(find(config, os.environ), os.environ)
 
     async def forget() -> int:
@@ -186,13 +184,6 @@ def _texts_of(line: str) -> Iterator[str]:
     for text in found if isinstance(found, list) else [found]:
         if isinstance(text, str) and text:
             yield text
-
-
-def _age_s(text: str) -> int:
-    found = re.fullmatch(r"(\d{1,9})([smhdw])", text)
-    if found is None:
-        raise typer.BadParameter("must be a number with a unit, such as 90d, 12h or 30m", param_hint="--older-than")
-    return int(found[1]) * _UNITS_S[found[2]]
 
 
 def _show(done: "Warming", started: float) -> None:

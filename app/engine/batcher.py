@@ -167,7 +167,7 @@ class Batcher:
         if batch.reason == "drained":  # everything came along, so it left for another reason
             batch = replace(batch, reason=reason)
         for item in batch.items:
-            item.flying = True
+            item.flying, item.payer = True, item.waiters[0]
         return batch
 
     async def _fly(self, permit: Permit, batch: Batch) -> None:

@@ -9,11 +9,11 @@ from typing import Self
 import numpy as np
 
 from app.domain import Priority, Space
-from app.engine.calls import Calls
+from app.engine.calls import OWN, Calls
 from app.engine.gate import Bell, Gate
 from app.engine.roster import ASK_AGAIN_S
-from app.errors import InputRefused, ProviderError
-from app.ports import Claim, Grant, Landmarks, Limiter, NotYet, Reply, Stated, TokenCounter
+from app.errors import InputRefused, ProviderError, TryAgainLater
+from app.ports import Claim, Grant, Landmarks, Ledger, Limiter, NotYet, Part, Reply, Stated, TokenCounter
 from app.telemetry import Telemetry
 from app.vectors import Matrix
 
@@ -87,6 +87,7 @@ class Canary:
         watches: Sequence[Watch],
         landmarks: Landmarks,
         limiter: Limiter,
+        ledger: Ledger,
         bell: Bell,
         telemetry: Telemetry,
         *,
@@ -94,7 +95,7 @@ class Canary:
     ) -> None:
         self._watches = watches
         self._landmarks = landmarks
-        self._calls = Calls(limiter, bell, clock=clock)
+        self._calls = Calls(limiter, ledger, bell, clock=clock)
         self._bell = bell
         self._telemetry = telemetry
         self._clock = clock
@@ -153,7 +154,7 @@ class Canary:
         started = self._clock()
         try:
             reply = await self._call(watch, gate)
-        except ProviderError as error:
+        except (ProviderError, TryAgainLater) as error:
             told = f"{type(error).__name__}: {error}"
             if isinstance(error, InputRefused):
                 told += f", of texts of about {watch.tokens} tokens: is max_input_tokens right?"
@@ -177,12 +178,16 @@ class Canary:
         try:
             passed = gate.breaker.admit() or gate.breaker.unjudged()
             timeout_s = gate.deployment.timeout_s
-            reply = await self._calls.embed(gate, passed, watch.probes, watch.space, timeout_s=timeout_s)
+            part = Part(OWN, "", "", "", "canary", len(watch.probes), watch.tokens)
+            reply = await self._calls.embed(gate, passed, watch.probes, watch.space, [part], timeout_s=timeout_s)
             used = (tokens if reply.tokens_billed is None else reply.tokens_billed, requests)
             return reply
         except ProviderError as error:
             if not error.counted:
                 used = (0, 0)
+            raise
+        except TryAgainLater:
+            used = (0, 0)
             raise
         finally:
             gate.leave(Priority.BULK)

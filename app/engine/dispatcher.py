@@ -6,13 +6,14 @@ A batch is never formed before its deployment has granted it.
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from app import vectors
-from app.domain import Priority, Space
+from app import money, vectors
+from app.domain import Cause, Priority, Space
 from app.engine.breaker import Pass
-from app.engine.calls import Calls
+from app.engine.calls import OWN, Calls
 from app.engine.gate import Bell, Gate, Slot
 from app.engine.roster import Roster
 from app.engine.workitem import Batch, Demand, Doubt, Fit, Group, WorkItem
@@ -28,9 +29,10 @@ from app.errors import (
     RejectedInput,
     Throttled,
     Transient,
+    TryAgainLater,
     UpstreamFailed,
 )
-from app.ports import Claim, Grant, Limiter, NotYet, Reply, Stated
+from app.ports import Claim, Grant, Ledger, Limiter, NotYet, Part, Reply, Stated
 from app.telemetry import Telemetry
 
 _HARMLESS, _HARMLESS_TOKENS = "hello", 8
@@ -76,6 +78,7 @@ class Dispatcher:
         space: Space,
         gates: Sequence[Gate],
         limiter: Limiter,
+        ledger: Ledger,
         bell: Bell,
         telemetry: Telemetry,
         *,
@@ -87,7 +90,7 @@ class Dispatcher:
     ) -> None:
         self._space = space
         self._limiter = limiter
-        self._calls = Calls(limiter, bell, clock=clock)
+        self._calls = Calls(limiter, ledger, bell, clock=clock)
         self._roster = Roster(
             space, gates, clock=clock, spread=spread, spill_s=spill_s, several_tenants=several_tenants
         )  # fmt: skip
@@ -168,6 +171,8 @@ class Dispatcher:
             return await self._refused(gate, batch, error)
         except ProviderError as error:
             return self._after(gate, batch, error)
+        except TryAgainLater as error:
+            return Returned(failed=batch.items, error=error)
         finally:
             permit.slot.release()
 
@@ -179,7 +184,8 @@ class Dispatcher:
         used, stated = (gate.weigh(batch.tokens), requests), None
         payloads, timeout_s = [item.payload for item in batch.items], self._timeout_s(gate, batch.items)
         try:
-            reply = await self._calls.embed(gate, permit.passed, payloads, self._space, timeout_s=timeout_s)
+            parts = _parts(batch, gate.name)
+            reply = await self._calls.embed(gate, permit.passed, payloads, self._space, parts, timeout_s=timeout_s)
             outcome, billed, stated = "ok", reply.tokens_billed, reply.stated
             gate.landed(batch.tokens, billed, self._clock() - started)
             if billed is not None:
@@ -189,6 +195,9 @@ class Dispatcher:
             outcome, detail = type(error).__name__, str(error)
             if not error.counted:
                 used = (0, 0)
+            raise
+        except TryAgainLater:
+            outcome, used = "not written down", (0, 0)
             raise
         finally:
             await self._settle(permit, *used, stated=stated)
@@ -265,7 +274,8 @@ class Dispatcher:
             if (passed := gate.breaker.admit()) is None:
                 raise Transient("left alone before it was known whether it accepts anything")
             used = (tokens, 1)
-            await self._calls.embed(gate, passed, [_HARMLESS], self._space, timeout_s=timeout_s)
+            part = Part(OWN, "", "", "", "canary", 1, _HARMLESS_TOKENS)
+            await self._calls.embed(gate, passed, [_HARMLESS], self._space, [part], timeout_s=timeout_s)
             accepts = gate.proven = True
         except (InputRefused, Misconfigured):
             pass
@@ -310,13 +320,22 @@ class Dispatcher:
 def _shares(items: Sequence[WorkItem], billed: int | None) -> list[int]:
     """Splits what was billed over the texts in proportion to our counts; the parts sum to the bill."""
     counts = [item.tokens for item in items]
-    total = sum(counts)
-    if billed is None or billed == total or not total:
-        return counts
-    shares, before, running = [], 0, 0
-    for count in counts:
-        running += count
-        upto = running * billed // total
-        shares.append(upto - before)
-        before = upto
-    return shares
+    return counts if billed is None or not any(counts) else money.split(billed, counts)
+
+
+def _parts(batch: Batch, deployment: str) -> list[Part]:
+    """Who pays for what of a batch, and why it is bought."""
+    elsewhere = bool(batch.avoid) and deployment not in batch.avoid
+    texts, tokens = Counter[tuple[str, str, str, str, Cause]](), Counter[tuple[str, str, str, str, Cause]]()
+    for item in batch.items:
+        request = item.payer
+        assert request is not None  # noqa: S101 — it has been one since the batch was taken
+        spender, cause = request.spender, request.cause
+        if item.attempts:
+            cause = "fallback" if elsewhere else "retry"
+        elif cause == "miss" and request.priority is Priority.BULK:
+            cause = "bulk"
+        payer = (request.tenant.name, spender.project, spender.key, spender.user, cause)
+        texts[payer] += 1
+        tokens[payer] += item.tokens
+    return [Part(*payer, texts[payer], tokens[payer]) for payer in texts]

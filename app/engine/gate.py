@@ -160,6 +160,10 @@ class Gate:
         """Our count in the vendor's counting, on the safe side."""
         return tokens if self._ratio is None else math.ceil(tokens * self._ratio.value)
 
+    def expect(self, tokens: int) -> int:
+        """Our count as the vendor will probably bill it."""
+        return tokens if self._ratio is None else round(tokens * self._ratio.mean)
+
     def unweigh(self, tokens: int) -> int:
         """How many of our tokens fit so many of the vendor's."""
         return tokens if self._ratio is None else int(tokens / self._ratio.value)

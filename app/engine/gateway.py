@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 
 import msgspec
 
-from app import vectors
+from app import money, vectors
 from app.domain import EmbeddingRequest, EmbeddingResult, Priority, Route, Space, Text, Vector
 from app.engine.batcher import Batcher, CrashLog
 from app.engine.dispatcher import Dispatcher
@@ -21,7 +21,7 @@ from app.engine.sharing import share
 from app.engine.workitem import Answer, WorkItem
 from app.engine.workqueue import QueueBound, WorkQueue
 from app.errors import DeadlineExceeded, EmbedgateError, ProviderUnavailable, RejectedInput, UpstreamFailed
-from app.ports import Cache, Limiter, Shares
+from app.ports import Cache, Ledger, Limiter, Shares
 from app.telemetry import Telemetry
 
 GRACE_S = 5.0
@@ -41,6 +41,7 @@ class EngineParts:
 
     cache: Cache
     limiter: Limiter
+    ledger: Ledger
     gates: Mapping[str, Gate]
     telemetry: Telemetry
     secret: bytes
@@ -139,7 +140,9 @@ class Gateway:
             return await self._buy(plan, keys, texts, found)
         hits = [vector for vector in found if vector is not None]
         self._intake.check_total(plan, sum(vector.tokens for vector in hits))
-        return _result(plan, hits, cache_hits=len(hits))
+        result = _result(plan, hits, cache_hits=len(hits))
+        self._tell_spared(plan, len(hits), 0, result.tokens)
+        return result
 
     async def _look_back(
         self, plan: Plan, keys: Sequence[bytes], texts: Sequence[Text], found: list[Vector | None]
@@ -190,8 +193,19 @@ class Gateway:
         have |= {key: Vector(answer.data, answer.tokens) for key, answer in answers.items()}
         self._join_windows(plan.space, measured, windows, have)
         merged = [have[key] for key in keys]
-        bought = len({parts[key].of for key in new})
-        return _result(plan, merged, cache_hits=hits, joined=len(keys) - hits - bought, answers=answers.values())
+        joined = len(keys) - hits - len({parts[key].of for key in new})
+        result = _result(plan, merged, cache_hits=hits, joined=joined, answers=answers.values())
+        if hits or joined:
+            bought_tokens = sum(answers[key].tokens for key in new)
+            self._tell_spared(plan, hits, joined, max(0, result.tokens - bought_tokens))
+        return result
+
+    def _tell_spared(self, plan: Plan, hits: int, joined: int, tokens: int) -> None:
+        """What the caller got without a purchase of its own, at the price of whoever serves first."""
+        price = plan.route.deployments[0].price
+        nano_usd = None if price is None else money.cost_nano_usd(tokens, price)
+        tenant, model = plan.request.tenant.name, plan.route.model
+        self._parts.ledger.spared(tenant, model, hits=hits, joined=joined, tokens=tokens, nano_usd=nano_usd)
 
     async def _bring(
         self, plan: Plan, parts: Mapping[bytes, Sized], owners: Mapping[bytes, int], have: dict[bytes, Vector]
@@ -294,7 +308,7 @@ class Gateway:
             gates = [parts.gates[deployment.name] for deployment in route.deployments]
             queue = WorkQueue(self._bound, telemetry, clock=clock, bulk_share=parts.bulk_share, ring=bell.ring)
             dispatcher = Dispatcher(
-                space, gates, parts.limiter, bell, telemetry,
+                space, gates, parts.limiter, parts.ledger, bell, telemetry,
                 clock=clock, rng=self._rng, spread=route.spread, spill_s=route.spill_s,
                 several_tenants=parts.several_tenants,
             )  # fmt: skip

@@ -26,7 +26,8 @@ class WorkItem:
 
     `tokens` is our count or estimate. `waiters` are the requests that still want it, first come first; an item without
     any is dropped at the door. `place` is the priority under which it waits, None when it does not; `returned` says
-    that it waits in a group that came back, not in a lane; `flying` that a call carries it.
+    that it waits in a group that came back, not in a lane; `flying` that a call carries it, and `payer` who pays for
+    that: the first who still wanted it when the call left.
     """
 
     key: bytes
@@ -40,6 +41,7 @@ class WorkItem:
     place: Priority | None = None
     returned: bool = False
     flying: bool = False
+    payer: EmbeddingRequest | None = None
     left_at: float = 0.0
 
     @property

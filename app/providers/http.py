@@ -15,7 +15,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from httpx_aiohttp import AiohttpTransport
 
-from app.errors import CallTimeout, ConfigurationError, MalformedReply, ProviderError, Transient, Unreachable
+from app.errors import BrokenOff, CallTimeout, ConfigurationError, MalformedReply, ProviderError, Unreachable
 from app.providers.refusals import Answer
 
 _KEEP_ALIVE_S = 30.0
@@ -219,4 +219,4 @@ def _translated(error: Exception) -> ProviderError:
         return CallTimeout("the provider fell silent")
     if isinstance(cause, aiohttp.ClientResponseError):
         return MalformedReply(f"an answer that is no HTTP: {name}")
-    return Transient(f"the connection broke: {name}")
+    return BrokenOff(f"the connection broke: {name}")

@@ -5,7 +5,7 @@
 `description`, `verdicts` and `tables` show what was understood and found.
 """
 
-from app.settings.catalog import CATALOG, catalog_rows
+from app.settings.catalog import CATALOG, catalog_rows, usd_per_million
 from app.settings.cautions import cautions, retirements
 from app.settings.deployments import DeploymentSettings, LocalDeployment, RemoteDeployment
 from app.settings.description import describe
@@ -33,5 +33,6 @@ __all__ = [
     "load",
     "retirements",
     "table",
+    "usd_per_million",
     "verdict",
 ]

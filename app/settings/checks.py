@@ -43,9 +43,10 @@ def contradictions(settings: Settings) -> Problems:
 
 def _keys(settings: Settings) -> Problems:
     server = settings.server
-    if not server.loopback and not settings.tenants:
+    if not (server.loopback or settings.tenants or server.admin_key):
         text = f"'{server.host}' can be reached from other machines, so callers need keys: add a section such as "
-        yield ("server", "host"), text + "[tenants.search] with an api_key, or listen on 127.0.0.1"
+        text += "[tenants.search] with an api_key, or set server.admin_key and make keys at run time, "
+        yield ("server", "host"), text + "or listen on 127.0.0.1"
     owners = {server.admin_key.get_secret_value(): "server.admin_key"} if server.admin_key else {}
     for name, tenant in settings.tenants.items():
         for key in tenant.api_key:

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from app.domain import Attempts, BreakerPolicy, Limits
 from app.providers import DIALECTS, SERVERS
-from app.providers.cards import ModelCard, Quota
+from app.providers.cards import KNOWN_ON, ModelCard, Quota
 from app.providers.dialect import Dialect
 from app.settings.values import (
     ApiVersion,
@@ -32,7 +32,20 @@ BUILT_IN_MODEL = "all-MiniLM-L6-v2"
 _ALONE: Mapping[str, Any] = {"failures_in_a_row": 20, "failure_ratio": 1.0, "ratio_min_calls": 20}
 """How patient the breaker of a deployment is that nobody stands in for: half of the answers are better than none."""
 
+_PICO_USD = 1_000_000  # per token, for each USD per million tokens
+
 _LIMITS, _ATTEMPTS, _BREAKER = Limits(), Attempts(), BreakerPolicy()
+
+
+def _countable(usd: float) -> float:
+    """Whole pico-USD per token only, so that what is booked is what was stated."""
+    if round(usd * _PICO_USD) / _PICO_USD != usd:
+        raise ValueError("must have at most 6 decimals")
+    return usd
+
+
+Usd: TypeAlias = Annotated[float, Field(ge=0, le=1_000_000), AfterValidator(_countable)]
+"""A price per million tokens: up to a million with 6 decimals, so that a float still tells each from the next."""
 
 if TYPE_CHECKING:
     DialectName: TypeAlias = str
@@ -47,6 +60,8 @@ class _Deployment(Section):
     tokens_per_minute: PerMinute | None = None
     tier: OptionalName = ""
     headroom: float = Field(default=1.0, gt=0, le=1)
+    usd_per_million_tokens: Usd | None = None
+    batch_usd_per_million_tokens: Usd | None = None
     judged_spans_s: Spans | None = None
     max_in_flight: int | None = Field(default=None, ge=1, le=1024)
     max_batch_items: int | None = Field(default=None, ge=1, le=2048)
@@ -90,6 +105,30 @@ class _Deployment(Section):
             target_latency_s=self.target_latency_ms / 1000,
         )
 
+    _known_from: ClassVar[str] = f"catalog of {KNOWN_ON}"
+
+    @property
+    def _card_prices(self) -> tuple[int | None, int | None]:
+        """Known without being stated: the standard price and that in the vendor's batches."""
+        raise NotImplementedError
+
+    @property
+    def price(self) -> int | None:
+        """What a token costs in pico-USD: what the file says, else what is known; None: nothing is."""
+        return _price(self.usd_per_million_tokens, self._card_prices[0])
+
+    @property
+    def batch_price(self) -> int | None:
+        """The same in the vendor's own batches."""
+        return _price(self.batch_usd_per_million_tokens, self._card_prices[1])
+
+    @property
+    def price_source(self) -> str:
+        """Who says what a token costs: `configured`, `catalog of` its day, `local`; `unknown` where nobody does."""
+        if self.usd_per_million_tokens is not None:
+            return "configured"
+        return "unknown" if self.price is None else self._known_from
+
     def retry(self) -> Attempts:
         """How often and how fast a text is tried again."""
         return Attempts(
@@ -106,6 +145,10 @@ class _Deployment(Section):
         policy = BreakerPolicy(**{f.name: getattr(self, f"breaker_{f.name}") for f in fields(BreakerPolicy)})
         patience = {key: value for key, value in _ALONE.items() if f"breaker_{key}" not in self.model_fields_set}
         return replace(policy, **patience) if alone else policy
+
+
+def _price(stated_usd: float | None, known: int | None) -> int | None:
+    return known if stated_usd is None else round(stated_usd * _PICO_USD)
 
 
 def _lowered(per_minute: int, headroom: float) -> int:
@@ -170,6 +213,10 @@ class RemoteDeployment(_Deployment):
         """What the account's tier allows; nothing when no tier is named."""
         return self.terms.tiers.get(self.tier, Quota()) if self.terms is not None else Quota()
 
+    @property
+    def _card_prices(self) -> tuple[int | None, int | None]:
+        return (None, None) if self.terms is None else (self.terms.price, self.terms.batch_price)
+
     def limits(self) -> Limits:
         """What the deployment takes."""
         wire, card = self.wire, self.card
@@ -194,6 +241,12 @@ class LocalDeployment(_Deployment):
     def limits(self) -> Limits:
         """What the deployment takes: one call runs, one is ready to; its device says how many texts go into a call."""
         return self._limits(usual=Limits(max_in_flight=2, max_batch_tokens=8192), quota=Quota())
+
+    _known_from: ClassVar[str] = "local"
+
+    @property
+    def _card_prices(self) -> tuple[int | None, int | None]:
+        return 0, 0  # but for electricity
 
     @property
     def model(self) -> str:

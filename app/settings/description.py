@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, SecretStr
 
-from app.providers.cards import KNOWN_ON, ModelCard
+from app.providers.cards import ModelCard
 from app.settings.catalog import usd_per_million
 from app.settings.deployments import DeploymentSettings, RemoteDeployment
 from app.settings.grammar import ModelSettings, Settings
@@ -23,7 +23,9 @@ _LIMITS = (
 
 def describe(settings: Settings) -> str:
     """What is in force, defaults and catalog included, as the `embedgate.toml` that says the same; keys are `***`."""
-    blocks = [_table((section,), getattr(settings, section)) for section in ("server", "queue", "cache", "stores")]
+    blocks = [
+        _table((section,), getattr(settings, section)) for section in ("server", "queue", "cache", "stores", "ledger")
+    ]
     blocks += [_deployment(settings, name, entry) for name, entry in settings.deployments.items()]
     blocks += [_model(settings, name, entry) for name, entry in settings.models.items()]
     blocks += [_table(("tenants", name), entry) for name, entry in settings.tenants.items()]
@@ -37,19 +39,27 @@ def _deployment(settings: Settings, name: str, deployment: DeploymentSettings) -
     comments = []
     if deployment.headroom < 1:
         comments.append(f"# headroom: {deployment.headroom:g}, which is taken off the quotas below")
+    comments.append(f"# price: {_price(deployment)}")
     if isinstance(deployment, RemoteDeployment):
         known["takes_token_ids"] = deployment.understands_token_ids
-        comments += [f"# {line}" for line in _terms(deployment.terms)]
+        comments += [f"# {line}" for line in _shutdown(deployment.terms)]
     return _table(("deployments", name), deployment.model_copy(update=known), *comments)
 
 
-def _terms(terms: ModelCard | None) -> Iterator[str]:
-    if terms is None:
-        return
-    if terms.price is not None:
-        batch = "" if terms.batch_price is None else f", {usd_per_million(terms.batch_price):g} in the vendor's batches"
-        yield f"price: {usd_per_million(terms.price):g} USD per million tokens{batch}, as known on {KNOWN_ON}"
-    if terms.shutdown is not None:
+def _price(deployment: DeploymentSettings) -> str:
+    price, batch_price = deployment.price, deployment.batch_price
+    if price is None:
+        return "unknown, so tokens are counted without money; set usd_per_million_tokens"
+    batch = f", {_usd(batch_price)} in the vendor's batches" if batch_price else ""
+    return f"{_usd(price)} USD per million tokens{batch} ({deployment.price_source})"
+
+
+def _usd(pico_usd_per_token: int) -> str:
+    return f"{usd_per_million(pico_usd_per_token):.15g}"
+
+
+def _shutdown(terms: ModelCard | None) -> Iterator[str]:
+    if terms is not None and terms.shutdown is not None:
         yield f"shut down by the vendor on {terms.shutdown}"
 
 

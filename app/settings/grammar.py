@@ -91,6 +91,13 @@ class StoresSettings(Section):
     data_dir: FilePath = Field(default="~/.local/share/embedgate", min_length=1)
 
 
+class LedgerSettings(Section):
+    """`[ledger]`: how much may wait on disk for the database, and for how many days rows are kept; 0 is for ever."""
+
+    journal_max_bytes: int = Field(default=2**30, ge=2**24, le=2**50)
+    keep_days: int = Field(default=400, ge=0, le=36_500)
+
+
 class ModelSettings(Section):
     """`[models.X]`: what is not set here is known from the catalog or the local model's files, see `ModelFacts`."""
 
@@ -192,6 +199,7 @@ class Settings(Section):
     queue: QueueSettings = QueueSettings()
     cache: CacheSettings = CacheSettings()
     stores: StoresSettings = StoresSettings()
+    ledger: LedgerSettings = LedgerSettings()
     deployments: Annotated[dict[Name, DeploymentSettings], Field(min_length=1)]
     models: Annotated[dict[Name, ModelSettings], Field(min_length=1)]
     tenants: dict[Name, TenantSettings] = {}  # noqa: RUF012 — pydantic copies it
@@ -235,6 +243,7 @@ FIELDS: Final[Mapping[str, Mapping[str, FieldInfo]]] = MappingProxyType(
         "queue": QueueSettings.model_fields,
         "cache": CacheSettings.model_fields,
         "stores": StoresSettings.model_fields,
+        "ledger": LedgerSettings.model_fields,
         "deployments": RemoteDeployment.model_fields | LocalDeployment.model_fields,
         "models": ModelSettings.model_fields,
         "tenants": TenantSettings.model_fields,

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from app.engine.canary import Finding
 from app.ports import Stated
 from app.settings.catalog import usd_per_million
-from app.settings.deployments import RemoteDeployment
 from app.settings.grammar import Settings
 from app.settings.tables import Row
 
@@ -16,7 +15,6 @@ def verdict(settings: Settings, finding: Finding) -> Row:
     Limits are per minute; None where the vendor does not state one, or none is configured.
     """
     deployment = settings.deployments[finding.deployment]
-    terms = deployment.terms if isinstance(deployment, RemoteDeployment) else None
     limits, stated = deployment.limits(), finding.stated or Stated()
     return {
         "model": finding.model,
@@ -28,7 +26,8 @@ def verdict(settings: Settings, finding: Finding) -> Row:
         "requests_configured": limits.requests_per_minute or None,
         "tokens_stated": stated.tokens_per_minute,
         "tokens_configured": limits.tokens_per_minute or None,
-        "usd_per_million": usd_per_million(terms.price) if terms is not None else None,
+        "usd_per_million": usd_per_million(deployment.price),
+        "price_from": deployment.price_source,
         "wrong": list(_wrong(settings, finding, stated)),
     }
 

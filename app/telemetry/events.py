@@ -97,6 +97,7 @@ class Telemetry:
         )
         self.cache_rejected = counter("cache_rejected", "Values that were not what was put there", "level")
         self.cache_dropped = counter("cache_writes_dropped", "Vectors that a level did not keep", "level", "reason")
+        self.spent_usd = counter("spent_usd", "Money spent, as far as it is known", "tenant", "model", "cause")
 
     def watch(self, name: str, text: str, labels: tuple[str, ...], read: Callable[[], Reading]) -> None:
         """Adds a gauge whose value is read at each scrape."""
@@ -236,6 +237,25 @@ class Telemetry:
     def store_warned(self, *, store: str, warning: str) -> None:
         """A store is not set up as it should be."""
         self._event("store.warned", store=store, warning=warning)
+
+    # ── money ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def money_spent(self, *, tenant: str, model: str, cause: str, nano_usd: int) -> None:
+        """So much was booked; less than 0 is what turned out not to be spent, which the metric cannot take back."""
+        label = tenant if tenant in self._tenants else "other"
+        self.spent_usd.labels(label, model, cause).inc(max(0, nano_usd) / 1e9)
+
+    def purchases_inherited(self, *, purchases: int, unconfirmed: int) -> None:
+        """What other processes left was booked; of those `unconfirmed` nobody knows how they ended."""
+        self._event("ledger.inherited", purchases=purchases, unconfirmed=unconfirmed)
+
+    def journal_changed(self, *, takes: bool, reason: str) -> None:
+        """Nothing can be bought any more since it cannot be written down, or can be again."""
+        self._event("journal.open" if takes else "journal.full", reason=reason)
+
+    def directory_changed(self, event: str, *, tenant: str, key: str) -> None:
+        """An operator made, changed or ended a tenant, a project or a key (by its public id)."""
+        self._event(event, tenant=tenant, key=key)
 
     # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -107,24 +107,26 @@ def test_models_are_listed_for_people_and_for_programs(tmp_path: Path) -> None:
     (tmp_path / "embedgate.toml").write_text(
         '[deployments.local]\ndialect = "local"\n[deployments.a]\ndialect = "openai"\napi_key = "k"\n'
         'model = "text-embedding-3-small"\n[deployments.b]\ndialect = "openai"\napi_key = "k"\n'
-        'model = "text-embedding-3-small"\n[models.mini]\ndeployments = ["local"]\n'
+        'usd_per_million_tokens = 0.019\nmodel = "text-embedding-3-small"\n[models.mini]\ndeployments = ["local"]\n'
         '[models.small]\ndeployments = ["b", "a"]\n'
     )
     shown = embedgate("models", folder=tmp_path)
     assert shown.returncode == 0, shown.stderr
     served, title, catalog = shown.stdout.rstrip().split("\n\n")
     assert [re.split(r"  +", line) for line in served.splitlines()] == [
-        ["MODEL", "DIMENSIONS", "MAX INPUT TOKENS", "DEPLOYMENTS"],
-        ["mini", "384", "256", "local"],
-        ["small", "1536", "8192", "b, a"],
+        ["MODEL", "DIMENSIONS", "MAX INPUT TOKENS", "DEPLOYMENTS", "USD PER MILLION", "PRICES FROM"],
+        ["mini", "384", "256", "local", "0", "local"],
+        ["small", "1536", "8192", "b, a", "0.019, 0.02", f"configured, catalog of {KNOWN_ON}"],
     ]
     assert title == f"The catalog as of {KNOWN_ON}:"
     assert len(catalog.splitlines()) == len(CATALOG) + 1
     listed = [json.loads(line) for line in embedgate("models", "--json", folder=tmp_path).stdout.splitlines()]
     assert [row for row in listed if "deployments" in row] == [
-        {"model": "mini", "dimensions": 384, "max_input_tokens": 256, "deployments": ["local"]},
-        {"model": "small", "dimensions": 1536, "max_input_tokens": 8192, "deployments": ["b", "a"]},
-    ]
+        {"model": "mini", "dimensions": 384, "max_input_tokens": 256, "deployments": ["local"],
+         "usd_per_million": [0.0], "prices_from": ["local"]},
+        {"model": "small", "dimensions": 1536, "max_input_tokens": 8192, "deployments": ["b", "a"],
+         "usd_per_million": [0.019, 0.02], "prices_from": ["configured", f"catalog of {KNOWN_ON}"]},
+    ]  # fmt: skip
     assert [(row["dialect"], row["model"]) for row in listed if "dialect" in row] == list(CATALOG)
 
 

@@ -10,6 +10,7 @@ import pytest
 from app import vectors
 from app.errors import (
     BadCredential,
+    BrokenOff,
     CallTimeout,
     InputRefused,
     MalformedReply,
@@ -257,8 +258,8 @@ async def test_a_broken_connection_is_worth_another_try(
     """It may have cost something."""
     emulator.inject(fault, calls=1)
     failed = await failure(subject)
-    assert type(failed) is Transient
-    assert failed.counted
+    assert type(failed) is BrokenOff
+    assert (failed.counted, failed.may_cost) == (True, True)
     await subject.provider.embed(TEXTS, subject.space, timeout_s=10)
 
 

@@ -17,7 +17,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import BigInteger, Connection, Integer, LargeBinary, MetaData, Table, func, select, update
+from sqlalchemy import BigInteger, Connection, Float, Integer, LargeBinary, MetaData, Table, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.errors import ConfigurationError
@@ -108,7 +108,7 @@ async def test_every_migration_takes_tables_that_are_filled(database_url: str) -
 
 def filled(table: Table, word: str) -> dict[str, object]:
     """A row with something in every column."""
-    kinds: dict[type, object] = {LargeBinary: word.encode(), Integer: 1, BigInteger: 1}
+    kinds: dict[type, object] = {LargeBinary: word.encode(), Integer: 1, BigInteger: 1, Float: 1.0}
     return {
         column.name: next((value for kind, value in kinds.items() if isinstance(column.type, kind)), word)
         for column in table.columns

@@ -14,6 +14,7 @@ from app import vectors
 from app.domain import Space
 from app.errors import (
     BadCredential,
+    BrokenOff,
     CallTimeout,
     InputRefused,
     MalformedReply,
@@ -301,8 +302,8 @@ async def test_a_broken_connection_may_have_cost_something(
     """A reset and a body cut in half are worth another try, but the provider may have counted the call."""
     emulator.inject(fault, calls=1)
     failed = await failure(provider)
-    assert type(failed) is Transient
-    assert failed.counted
+    assert type(failed) is BrokenOff
+    assert (failed.counted, failed.may_cost) == (True, True)
     await provider.embed(TEXTS, SPACE, timeout_s=10)
 
 

@@ -76,7 +76,7 @@ def canary_of(rig: Rig, watch: Watch, folder: Path) -> Canary:
     """One that shares limiter and bell with the engine."""
     gateway, clock = rig.gateway, asyncio.get_running_loop().time
     return Canary(
-        [watch], Kept(folder), gateway._parts.limiter, gateway._bell, rig.telemetry, clock=clock
+        [watch], Kept(folder), gateway._parts.limiter, gateway._parts.ledger, gateway._bell, rig.telemetry, clock=clock
     )  # fmt: skip
 
 
@@ -92,7 +92,9 @@ async def watched(
             MODEL, rig.gateway.routes[MODEL].space, gates, ("one", "два три", "long " * 50), 53, HOUR_S, 0.999
         )
         limiter = InProcessLimiter({gate.name: gate.deployment.limits for gate in gates})
-        yield rig, Canary([watch], Kept(folder), limiter, Bell(), rig.telemetry, clock=clock)
+        yield rig, Canary(
+            [watch], Kept(folder), limiter, rig.gateway._parts.ledger, Bell(), rig.telemetry, clock=clock
+        )  # fmt: skip
 
 
 async def test_the_first_vectors_are_accepted_and_the_next_compared(tmp_path: Path) -> None:

@@ -359,7 +359,7 @@ def test_the_description_shows_tier_headroom_and_catalog(write: Any) -> None:
         "requests_per_minute = 2700",
         "tokens_per_minute = 900000",
         "# headroom: 0.9, which is taken off the quotas below",
-        "# price: 0.02 USD per million tokens, 0.01 in the vendor's batches, as known on 20",
+        "# price: 0.02 USD per million tokens, 0.01 in the vendor's batches (catalog of 20",
         "dimensions = 1536",
         "takes_token_ids = true",
     ):

@@ -6,6 +6,7 @@ import pytest
 
 from app.engine.canary import Finding
 from app.ports import Stated
+from app.providers.cards import KNOWN_ON
 from app.settings import load, table, verdict
 from tests.unit.configurations import SMALL
 
@@ -32,6 +33,7 @@ def test_a_sound_answer_is_shown_with_limits_and_price(write: Any) -> None:
         "tokens_stated": None,
         "tokens_configured": 1_000_000,
         "usd_per_million": 0.02,
+        "price_from": f"catalog of {KNOWN_ON}",
         "wrong": [],
     }
 
@@ -61,4 +63,6 @@ def test_no_configured_limit_is_never_too_high(write: Any) -> None:
     """Who configured none is told the account's, and nothing is called wrong."""
     row = verdict(load(write(SMALL), {}), Finding("bge", "main", "s1-x", stated=Stated(60, 1000), dimensions=384))
     assert (row["requests_stated"], row["requests_configured"], row["wrong"]) == (60, None, [])
-    assert table([row]).splitlines()[1].split() == ["bge", "main", "-", "384", "-", "60", "-", "1000", "-", "-", "-"]
+    assert table([row]).splitlines()[1].split() == [
+        "bge", "main", "-", "384", "-", "60", "-", "1000", "-", "-", "unknown", "-",
+    ]  # fmt: skip

@@ -2,7 +2,19 @@
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    literal_column,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.ext.compiler import compiles
@@ -61,6 +73,188 @@ facts = Table(
     Column("value", Text, nullable=False),
 )
 """What is true of the whole database: the fingerprint of its secret, the programs that it suits."""
+
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("weight", Float, nullable=False),
+    Column("priority", Text, nullable=False),
+    Column("models", Text, nullable=False),
+    Column("requests_per_minute", BigInteger, nullable=False),
+    Column("tokens_per_minute", BigInteger, nullable=False),
+    Column("max_in_flight", Integer, nullable=False),
+    Column("day_nano_usd", BigInteger),
+    Column("month_nano_usd", BigInteger),
+    Column("cache_group", Text, nullable=False),
+    Column("webhook_url", Text, nullable=False),
+    Column("created_at_ms", BigInteger, nullable=False),
+    Column("deleted_at_ms", BigInteger),
+    Column("version", BigInteger, nullable=False),
+    Index("tenants_by_version", "version"),
+)
+"""Tenants made at run time; `models` are separated by line feeds, an allowance that is NULL has no bound."""
+
+projects = Table(
+    "projects",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("day_nano_usd", BigInteger),
+    Column("month_nano_usd", BigInteger),
+    Column("deleted_at_ms", BigInteger),
+    Column("version", BigInteger, nullable=False),
+    Index("projects_by_version", "version"),
+)
+"""What a tenant divides its spending into."""
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("project", Text, nullable=False),
+    Column("label", Text, nullable=False),
+    Column("digest", LargeBinary(32), nullable=False),
+    Column("previous_digest", LargeBinary(32)),
+    Column("previous_until_ms", BigInteger),
+    Column("scopes", Text, nullable=False),
+    Column("models", Text, nullable=False),
+    Column("day_nano_usd", BigInteger),
+    Column("month_nano_usd", BigInteger),
+    Column("networks", Text, nullable=False),
+    Column("created_at_ms", BigInteger, nullable=False),
+    Column("expires_at_ms", BigInteger),
+    Column("revoked_at_ms", BigInteger),
+    Column("version", BigInteger, nullable=False),
+    Index("api_keys_by_tenant", "tenant"),
+    Index("api_keys_by_version", "version"),
+)
+"""Keys by their public id: the keyed hash of the secret, and of the one before it while both are good."""
+
+counters = Table(
+    "counters",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("number", BigInteger, nullable=False),
+)
+"""Numbers that only go up: `directory` is the newest version of any tenant, project or key."""
+
+uncertain: ColumnElement[bool] = literal_column("state IN ('estimated', 'unconfirmed')", Boolean)
+"""Rows of the ledger whose money the vendor did not say; spelt out, so that their index is found."""
+
+left_open: ColumnElement[bool] = literal_column("state = 'begun'", Boolean)
+"""Rows of the ledger that nobody has ended yet; spelt out for the same reason."""
+
+ledger = Table(
+    "ledger",
+    metadata,
+    Column("call", Text, primary_key=True),
+    Column("part", Integer, primary_key=True),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("replica", Text, nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("project", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("user", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("space", Text, nullable=False),
+    Column("deployment", Text, nullable=False),
+    Column("cause", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("texts", Integer, nullable=False),
+    Column("tokens_estimated", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("price", BigInteger),
+    Column("nano_usd", BigInteger),
+    Index("ledger_by_time", "at_ms"),
+    Index("ledger_open", "replica", postgresql_where=left_open, sqlite_where=left_open),
+    Index("ledger_uncertain", "at_ms", "call", "part", postgresql_where=uncertain, sqlite_where=uncertain),
+)
+"""What was spent, a row for each part of a call. `state` is how it ended, or `begun`; money that is NULL: unknown."""
+
+_USAGE = (
+    "tenant",
+    "project",
+    "model",
+    "deployment",
+    "cause",
+)
+_SPARED = ("hits", "joined", "spared_tokens", "spared_nano_usd", "spared_unpriced_tokens")
+
+
+def _usage(name: str, moment: str, by: tuple[str, ...] = _USAGE) -> Table:
+    """Sums of the ledger by a span of time; what was spared is added to rows of no project, deployment and cause."""
+    return Table(
+        name,
+        metadata,
+        Column(moment, Integer, primary_key=True),
+        *(Column(each, Text, primary_key=True) for each in by),
+        Column("calls", BigInteger, nullable=False),
+        Column("texts", BigInteger, nullable=False),
+        Column("tokens", BigInteger, nullable=False),
+        Column("nano_usd", BigInteger, nullable=False),
+        Column("estimated_nano_usd", BigInteger, nullable=False),
+        Column("unconfirmed_nano_usd", BigInteger, nullable=False),
+        Column("unpriced_tokens", BigInteger, nullable=False),
+        *(Column(each, BigInteger, nullable=False, server_default="0") for each in _SPARED),
+        *([Index(f"{name}_by_tenant", "tenant", moment)] if "tenant" in by else []),
+    )
+
+
+usage_hours = _usage("usage_hours", "hour")
+"""By hour since 1970. Of `nano_usd` parts were estimated or are unconfirmed; unpriced tokens are beside it."""
+
+usage_days = _usage("usage_days", "day")
+"""The same by day since 1970."""
+
+usage_totals = _usage("usage_totals", "hour", ("model", "deployment", "cause"))
+"""The same by hour, of all tenants together: what they all spent would else take a sum over each of them."""
+
+spared = Table(
+    "spared",
+    metadata,
+    Column("minute", Integer, primary_key=True),
+    Column("tenant", Text, primary_key=True),
+    Column("model", Text, primary_key=True),
+    Column("hits", BigInteger, nullable=False),
+    Column("joined", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("nano_usd", BigInteger, nullable=False),
+    Column("unpriced_tokens", BigInteger, nullable=False, server_default="0"),
+    Index("spared_by_tenant", "tenant", "minute"),
+)
+"""What was not bought, by minute since 1970; unpriced tokens would have cost nobody knows what, and are beside it."""
+
+spent = Table(
+    "spent",
+    metadata,
+    Column("account", Text, primary_key=True),
+    Column("span", Text, primary_key=True),
+    Column("nano_usd", BigInteger, nullable=False),
+)
+"""What an account spent in a UTC day (`2026-11-21`) or month (`2026-11`): what of the ledger a budget asks for."""
+
+replicas = Table(
+    "replicas",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("seen_at_ms", BigInteger, nullable=False),
+)
+"""Who writes into the ledger: what one began that has not been seen for long is booked as unconfirmed."""
+
+alerts = Table(
+    "alerts",
+    metadata,
+    Column("account", Text, primary_key=True),
+    Column("span", Text, primary_key=True),
+    Column("percent", Integer, primary_key=True),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("delivered_at_ms", BigInteger),
+    Column("attempts", Integer, nullable=False),
+)
+"""Which parts of which allowances were seen used up, and who was told."""
 
 
 class NowMs(FunctionElement[int]):

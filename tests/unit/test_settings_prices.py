@@ -1,0 +1,124 @@
+"""What a token costs: as it is configured, to the last digit, else as the vendor publishes it, else unknown."""
+
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.domain import Allowance, Tenant
+from app.providers.cards import KNOWN_ON
+from app.settings import RemoteDeployment, Settings, TenantSettings, cautions, describe, load
+from tests.unit.configurations import SMALL, refusal
+
+DEPLOYMENT = '[deployments.d]\ndialect = "{}"\napi_key = "k"\nmodel = "{}"\n{}\n[models.m]\ndeployments = ["d"]\n'
+OPENAI = DEPLOYMENT.format("openai", "text-embedding-3-small", "{}")
+LOCAL = '[deployments.d]\ndialect = "local"\n{}\n[models.m]\ndeployments = ["d"]\n'
+PRICED = "usd_per_million_tokens = 0\n[models"
+PRICES = "usd_per_million_tokens = {}\nbatch_usd_per_million_tokens = {}"
+
+
+def bought(path: Path, **environ: str) -> tuple[int | None, int | None, str]:
+    """Price, batch price and source of the one deployment."""
+    (deployment,) = load(path, environ).deployments.values()
+    return deployment.price, deployment.batch_price, deployment.price_source
+
+
+@given(st.integers(0, 10**12))
+def test_every_price_with_six_decimals_is_exact(pico: int) -> None:
+    """Up to a million dollars, whatever a float makes of it on its way."""
+    stated = float(Decimal(pico).scaleb(-6))
+    entry = {"dialect": "openai", "model": "m", "base_url": "http://h/v1", "usd_per_million_tokens": stated}
+    assert RemoteDeployment.model_validate(entry).price == pico
+
+
+@pytest.mark.parametrize(
+    ("text", "price", "batch_price", "source"),
+    [
+        (OPENAI.format(""), 20_000, 10_000, f"catalog of {KNOWN_ON}"),
+        (OPENAI.format(PRICES.format("0.13", "0.065")), 130_000, 65_000, "configured"),
+        (OPENAI.format(PRICES.format("0", "0")), 0, 0, "configured"),
+        (OPENAI.format("usd_per_million_tokens = 1"), 1_000_000, 10_000, "configured"),
+        (OPENAI.format("batch_usd_per_million_tokens = 0.000001"), 20_000, 1, f"catalog of {KNOWN_ON}"),
+        (LOCAL.format(""), 0, 0, "local"),
+        (LOCAL.format("usd_per_million_tokens = 0.002"), 2000, 0, "configured"),
+        (DEPLOYMENT.format("jina", "jina-embeddings-v3", ""), None, None, "unknown"),
+        (SMALL, None, None, "unknown"),
+    ],
+)
+def test_the_operators_word_goes_before_the_catalogs(
+    write: Any, text: str, price: int | None, batch_price: int | None, source: str
+) -> None:
+    """Each of both prices for itself; what nobody says is unknown and not nothing."""
+    assert bought(write(text)) == (price, batch_price, source)
+
+
+def test_the_environment_states_prices_too(write: Any) -> None:
+    """As exactly as the file."""
+    priced = bought(write(OPENAI.format("")), EMBEDGATE_DEPLOYMENTS__D__USD_PER_MILLION_TOKENS="0.123457")
+    assert priced == (123_457, 10_000, "configured")
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ("0.0000001", "must have at most 6 decimals"),
+        ("0.1234567", "must have at most 6 decimals"),
+        ("-0.1", "must be at least 0"),
+        ("1000000.1", "must be at most 1e+06"),
+        ("nan", "must be a finite number"),
+        ('"0.13"', "must be a number"),
+    ],
+)
+def test_a_price_that_could_not_be_booked_as_stated_is_refused(write: Any, stated: str, said: str) -> None:
+    """With its line."""
+    (line,) = refusal(write(OPENAI.format(f"usd_per_million_tokens = {stated}")))
+    assert "usd_per_million_tokens" in line
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            OPENAI.format(""),
+            f"# price: 0.02 USD per million tokens, 0.01 in the vendor's batches (catalog of {KNOWN_ON}",
+        ),
+        (
+            OPENAI.format("usd_per_million_tokens = 123456.789012"),
+            "# price: 123456.789012 USD per million tokens, 0.01",
+        ),
+        (LOCAL.format(""), "# price: 0 USD per million tokens (local)"),
+        (SMALL, "# price: unknown, so tokens are counted without money; set usd_per_million_tokens"),
+    ],
+)
+def test_the_description_says_what_a_token_costs_and_who_says_so(write: Any, text: str, said: str) -> None:
+    """Every digit of it, or that nobody knows."""
+    assert said in describe(load(write(text), {}))
+
+
+class Bounded(TenantSettings):
+    """A tenant that may spend a dollar a month."""
+
+    def tenant(self, name: str) -> Tenant:
+        """See `TenantSettings`."""
+        return replace(super().tenant(name), allowance=Allowance(None, 10**9))
+
+
+def cautioned(settings: Settings, tenant: type[TenantSettings], *models: str) -> list[str]:
+    """What is said beside the settings once there is such a tenant."""
+    entry = tenant.model_validate({"api_key": "k", "models": list(models)})
+    return [*cautions(settings.model_copy(update={"tenants": {"t": entry}}), KNOWN_ON)]
+
+
+def test_a_budget_over_a_price_that_nobody_knows_is_told(write: Any) -> None:
+    """Only where a tenant with a budget may use the model, and its price is unknown."""
+    unknown, known = load(write(SMALL), {}), load(write(SMALL.replace("[models", PRICED)), {})
+    (said,) = cautioned(unknown, Bounded, "*")
+    assert said.startswith("deployments.main.usd_per_million_tokens: the price is not known, so the budget of t ")
+    assert cautioned(known, Bounded, "*") == []
+    assert cautioned(unknown, Bounded, "another") == []
+    assert cautioned(unknown, TenantSettings, "*") == []
