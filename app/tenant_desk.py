@@ -264,7 +264,16 @@ _COLUMNS: Mapping[str, str] = {"budget_usd_per_day": "day_nano_usd", "budget_usd
 
 
 def _allowance(budget: Budget) -> Allowance:
-    return Allowance(*(_nano_usd(name, getattr(budget, name)) for name in _COLUMNS))
+    """None yet: what nothing would keep to is refused, never ignored."""
+    bounds = {name: _nano_usd(name, getattr(budget, name)) for name in _COLUMNS}
+    for name, bound in bounds.items():
+        if bound is not None:
+            raise _unsupported(name)
+    return Allowance(*bounds.values())
+
+
+def _unsupported(name: str) -> InvalidRequest:
+    return InvalidRequest(f"'{name}' is not supported by this version.", param=name, code="unsupported_value")
 
 
 def _nano_usd(name: str, dollars: Decimal | None) -> int | None:
@@ -301,6 +310,8 @@ def _webhook(url: str) -> str:
     if url and not (sound and url.isascii() and url.isprintable() and " " not in url):
         text = "'webhook_url' must be a URL such as https://example.com/hook, without credentials."
         raise InvalidRequest(text, param="webhook_url", code="invalid_value")
+    if url:
+        raise _unsupported("webhook_url")
     return url
 
 

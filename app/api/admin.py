@@ -1,7 +1,9 @@
 """Hides the routes for operators: how full the cache is, filling it in advance, saying what is no longer wanted."""
 
+import ipaddress
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -28,17 +30,28 @@ class WarmRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def admin_only(runtime: Runtime) -> Callable[[Request], None]:
-    """What lets operators pass: everybody on loopback, elsewhere who has an admin key; where there is none nobody."""
+    """What lets operators pass: who has an admin key, where there is none nobody; but on loopback everybody.
+
+    There only by a name of this machine: a browser's page, or a proxy, that leads here comes with another.
+    """
     server, directory, keys = runtime.settings.server, runtime.directory, Keys(runtime)
 
     def check(request: Request) -> None:
-        if server.loopback or keys.is_operator(request.scope):
+        if (server.loopback and _names_loopback(request)) or keys.is_operator(request.scope):
             return
         if server.admin_key is None and not directory.operated:
             raise unknown_url(request.method, request.scope["path"])
         raise keys.refusal(request.scope)
 
     return check
+
+
+def _names_loopback(request: Request) -> bool:
+    try:
+        name = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def add(api: FastAPI, runtime: Runtime) -> None:

@@ -77,7 +77,7 @@ def _add_projects(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
 
     @api.put(path, **openapi.PROJECT_SET)
     async def set_project(request: Request, name: str, project: str) -> dict[str, Any]:
-        """Makes a project, or gives it another budget."""
+        """Makes a project."""
         check(request)
         budget = await json_body(request, Budget)
         return await _changed(runtime, "project.set", desk.set_project(name, project, budget))

@@ -21,7 +21,7 @@ Make a key, which is shown this once:
 
     embedgate keys create --tenant search
     embedgate keys create --tenant search --project indexing --models text-embedding-3-small --expires 90d
-    embedgate keys create --tenant search --network 10.0.0.0/8 --network fd00::/8 --budget-usd-per-day 0.50
+    embedgate keys create --tenant search --network 10.0.0.0/8 --network fd00::/8
 
 With --admin it is an operator's: for /admin, /metrics and everybody's usage, where server.admin_key opens them too:
 

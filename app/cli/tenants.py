@@ -22,10 +22,10 @@ _T = TypeVar("_T")
 _P = TypeVar("_P", bound="Page")
 
 _TENANTS = """
-Make tenants while servers run: each is one paying team with its share, its limits, its budget, its cache. Servers
-notice within 5 s. Tenants of the configuration file are shown too, and are changed there.
+Make tenants while servers run: each is one paying team with its share, its limits, its cache. Servers notice within 5
+s. Tenants of the configuration file are shown too, and are changed there.
 
-    embedgate tenants create search --requests-per-minute 600 --budget-usd-per-month 50
+    embedgate tenants create search --requests-per-minute 600
     embedgate keys create --tenant search
     embedgate tenants list
 """
@@ -33,17 +33,17 @@ _CREATE = """
 Make a tenant. Nobody can call for it before it has a key:
 
     embedgate tenants create search --weight 2 --priority interactive --models text-embedding-3-small
-    embedgate tenants create crawler --priority bulk --tokens-per-minute 500000 --budget-usd-per-day 2.50
+    embedgate tenants create crawler --priority bulk --tokens-per-minute 500000
     embedgate keys create --tenant search
 
 What it buys is cached for it alone, unless it names a --cache-group: tenants of one group share what one of them
 bought.
 """
 _UPDATE = """
-Change what is named here, and nothing else; a limit or a budget of 0 is none:
+Change what is named here, and nothing else; a limit of 0 is none:
 
     embedgate tenants update search --weight 3
-    embedgate tenants update search --budget-usd-per-month 0
+    embedgate tenants update search --tokens-per-minute 0
 """
 _DELETE = """
 End a tenant: its keys and projects end with it, its cache cannot be reached any more, and in the books what it spent
@@ -56,7 +56,7 @@ _PROJECTS = """
 Divide what a tenant spends. A key can belong to a project; other callers name one with the header x-embedgate-project.
 `embedgate tenants show` lists them.
 
-    embedgate projects set search indexing --budget-usd-per-day 1
+    embedgate projects set search indexing
     embedgate keys create --tenant search --project indexing
 """
 
@@ -64,8 +64,8 @@ commands = typer.Typer(help=with_examples(_TENANTS), no_args_is_help=True, rich_
 projects = typer.Typer(help=with_examples(_PROJECTS), no_args_is_help=True, rich_markup_mode=None)
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
-PerDay = Annotated[str | None, typer.Option("--budget-usd-per-day", metavar="USD", help="By UTC; 0: no bound.")]
-PerMonth = Annotated[str | None, typer.Option("--budget-usd-per-month", metavar="USD", help="By UTC; 0: no bound.")]
+PerDay = Annotated[str | None, typer.Option("--budget-usd-per-day", metavar="USD", hidden=True)]
+PerMonth = Annotated[str | None, typer.Option("--budget-usd-per-month", metavar="USD", hidden=True)]
 Models = Annotated[str | None, typer.Option(metavar="A,B", help="The models that may be asked for; default: all.")]
 _SHORT = {
     "name": "name", "weight": "weight", "priority": "priority", "models": "models",
@@ -80,7 +80,7 @@ _Requests = Annotated[int | None, typer.Option("--requests-per-minute", help="0:
 _Tokens = Annotated[int | None, typer.Option("--tokens-per-minute", help="0: no limit.")]
 _InFlight = Annotated[int | None, typer.Option("--max-in-flight", help="Requests at one moment; 0: no limit.")]
 _Group = Annotated[str | None, typer.Option("--cache-group", help='With whom it shares the cache; "": nobody.')]
-_Webhook = Annotated[str | None, typer.Option("--webhook-url", help="Who is told of what it used up.")]
+_Webhook = Annotated[str | None, typer.Option("--webhook-url", hidden=True)]
 
 
 @commands.command(help=with_examples(_CREATE))
@@ -152,7 +152,7 @@ def set_project(
     tenant: _Name, project: _Project, config: Config = None, per_day: PerDay = None, per_month: PerMonth = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Make a project of a tenant, or give it another budget."""
+    """Make a project of a tenant."""
     from app.tenant_desk import Budget
 
     budget = understood(named(budget_usd_per_day=per_day, budget_usd_per_month=per_month), Budget)

@@ -52,6 +52,12 @@ class Record:
         """What it takes of the disk."""
         return sum(self._ends.values())
 
+    @property
+    def end(self) -> Place:
+        """Where it is written up to."""
+        number = max(self._ends, default=0)
+        return Place(number, self._ends.get(number, 0))
+
     def read(self, at: Place, most: int) -> tuple[list[tuple[int, bytes]], Place]:
         """At most `most` payloads from `at` on, each with the number of its segment, and where the next one will be.
 

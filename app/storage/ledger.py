@@ -78,6 +78,11 @@ class Backlog:
         """Whether all that was read is known to SQL."""
         return not (self.lines or self._open)
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do, now or later, before more is written."""
+        return self.empty and self._at == self.record.end
+
     def take(self, now_ms: int) -> None:
         """Finds out what is to be booked: what was not `done`, else at most `MOST_CALLS` purchases more."""
         if self.lines:
@@ -288,7 +293,8 @@ class BookedLedger:
             self._telemetry.loop_crashed(loop="ledger", error=bug)
 
     async def _book_all(self) -> None:
-        await self._book(self._own)
+        if not self._own.idle:
+            await self._book(self._own)
         for backlog in [*self._inherited]:
             await self._book(backlog)
             self._inherited.remove(backlog)

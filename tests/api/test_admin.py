@@ -87,6 +87,15 @@ async def test_elsewhere_without_an_admin_key_there_is_nothing(tmp_path: Path, m
 # ── what they do ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("host", ["rebound.example", "rebound.example:80", "10.0.0.1", "localhost.evil"])
+@pytest.mark.parametrize("path", [STATS, "/admin/keys", "/metrics"])
+async def test_on_loopback_only_a_name_of_this_machine_opens_them(edge: Edge, host: str, path: str) -> None:
+    """A page in a browser that was led here, or a proxy for others, asks for another name: to it there is nothing."""
+    assert (await edge.http.get(path, headers={"host": host})).status_code == 404
+    for name in ("localhost", "127.0.0.1:8080", "[::1]:8080"):
+        assert (await edge.http.get(path, headers={"host": name})).status_code == 200
+
+
 async def test_warmed_texts_are_bought_once_and_then_asked_for_free(edge: Edge) -> None:
     """What was there already is told apart; every one is answered from the cache afterwards."""
     texts = [f"warmed {number}" for number in range(300)]
@@ -238,7 +247,7 @@ async def test_only_plain_json_is_read(edge: Edge, headers: dict[str, str]) -> N
 async def test_a_body_that_is_too_large_is_not_read(edge: Edge) -> None:
     """Announced or not."""
     announced = await edge.raw(
-        b"POST /admin/cache/warm HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"POST /admin/cache/warm HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         b"connection: close\r\ncontent-length: 16777217\r\n\r\n{"
     )
     assert announced.startswith(b"HTTP/1.1 413")
@@ -255,7 +264,7 @@ async def test_a_caller_that_leaves_is_no_crash(tmp_path: Path) -> None:
     """Half a body and no more: nobody is alarmed."""
     async with running(tmp_path) as edge:
         _, writer = await edge.connect()
-        head = b"POST /admin/cache/warm HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n"
+        head = b"POST /admin/cache/warm HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n"
         writer.write(head + b"\r\n{")
         await writer.drain()
         await until(lambda: bool(edge.server.server_state.tasks))

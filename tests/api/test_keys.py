@@ -173,7 +173,7 @@ async def test_a_foreign_tenant_sees_what_an_absent_one_would(edge: Edge) -> Non
 async def test_project_and_user_go_with_what_is_bought(edge: Edge) -> None:
     """The user only as a hash; a key that has a project takes no other."""
     await edge.http.post("/admin/tenants", json={"name": "made"})
-    await edge.http.put("/admin/tenants/made/projects/ix", json={"budget_usd_per_day": "0.5"})
+    await edge.http.put("/admin/tenants/made/projects/ix", json={})
     free, pinned = await make(edge.http, "made"), await make(edge.http, "made", project="ix")
     seen: list[EmbeddingRequest] = []
     embed = edge.runtime.gateway.embed
@@ -188,9 +188,9 @@ async def test_project_and_user_go_with_what_is_bought(edge: Edge) -> None:
     await ask(edge.http, pinned, x_embedgate_project="ix")
     body = {"model": SMALL, "input": "x", "user": "someone@example.com"}
     await edge.http.post("/v1/embeddings", json=body, headers={"authorization": f"Bearer {pinned}"})
-    found = [(each.spender.project, each.spender.key, bool(each.spender.allowances)) for each in seen]
+    found = [(each.spender.project, each.spender.key) for each in seen]
     ids = free[8:16], pinned[8:16]
-    assert found == [("", ids[0], False), ("ix", ids[0], True), ("ix", ids[1], True), ("ix", ids[1], True)]
+    assert found == [("", ids[0]), ("ix", ids[0]), ("ix", ids[1]), ("ix", ids[1])]
     assert ([len(each.spender.user) for each in seen], "someone" in seen[3].spender.user) == ([0, 0, 0, 16], False)
     for key, project in ((pinned, "web"), (free, "a/b"), (free, "a b"), (free, "x" * 129)):
         refused = await ask(edge.http, key, x_embedgate_project=project)
@@ -265,6 +265,10 @@ async def test_nonsense_is_refused_in_the_usual_envelope(edge: Edge) -> None:
         ("POST", "/admin/tenants", {"name": "a", "models": []}),
         ("POST", "/admin/tenants", {"name": "a", "models": ["nobody"]}),
         ("POST", "/admin/tenants", {"name": "a", "webhook_url": "file:///etc/passwd"}),
+        ("POST", "/admin/tenants", {"name": "a", "webhook_url": "https://example.com/hook"}),
+        ("POST", "/admin/tenants", {"name": "a", "budget_usd_per_month": "50"}),
+        ("PUT", "/admin/tenants/search/projects/a", {"budget_usd_per_day": 1}),
+        ("POST", "/admin/keys", {"tenant": "search", "budget_usd_per_day": "0.5"}),
         ("POST", "/admin/tenants", {"name": "search"}),
         ("PATCH", "/admin/tenants/search", {"weight": 2}),
         ("PUT", "/admin/tenants/search/projects/a%20b", {}),
@@ -288,7 +292,7 @@ async def test_nonsense_is_refused_in_the_usual_envelope(edge: Edge) -> None:
 async def test_lists_come_in_pages(edge: Edge) -> None:
     """By name, each once, with what is configured before the first."""
     for n in range(5):
-        await edge.http.post("/admin/tenants", json={"name": f"t{n}", "budget_usd_per_day": 0.1 + n})
+        await edge.http.post("/admin/tenants", json={"name": f"t{n}", "weight": 0.5 + n})
     names, after, more = [], "", True
     while more:
         page = (await edge.http.get("/admin/tenants", params={"limit": 2, "after": after})).json()
@@ -296,7 +300,7 @@ async def test_lists_come_in_pages(edge: Edge) -> None:
         after, more = names[-1], page["has_more"]
     assert names == ["search", "archive", "t0", "t1", "t2", "t3", "t4"]
     shown = (await edge.http.get("/admin/tenants/t3")).json()
-    assert (shown["budget_usd_per_day"], shown["projects"], shown["configured"]) == ("3.10", [], False)
+    assert (shown["weight"], shown["projects"], shown["configured"]) == (3.5, [], False)
 
 
 async def test_a_database_that_is_down_is_told_as_such(edge: Edge) -> None:

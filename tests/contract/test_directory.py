@@ -4,7 +4,6 @@ import time
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from app.storage.sql.directory import SqlDirectory
 from app.storage.sql.migrations import migrate
 from app.storage.sql.tables import api_keys, counters, tenants
 from app.telemetry import Telemetry
-from app.tenant_desk import Budget, KeyPage, NewKey, NewTenant, Page, Rotation, TenantDesk, TenantTerms
+from app.tenant_desk import KeyPage, NewKey, NewTenant, Page, Rotation, TenantDesk, TenantTerms
 from tests.contract.stored import change, scalars
 
 OLD, NEW = b"the secret of before, long", b"the secret of today, longer"
@@ -252,17 +251,13 @@ async def test_models_of_a_key_are_those_of_its_tenant_at_most(office: Office) -
         await office.desk.create_key(NewKey(tenant="search", models=["nobody"]))
 
 
-async def test_allowances_of_key_and_project_come_with_the_caller(office: Office) -> None:
+async def test_allowances_of_projects_come_with_the_caller(office: Office) -> None:
     """By account, exact, as they are now; another project brings its own."""
-    await office.desk.set_project("search", "ix", Budget(budget_usd_per_day=Decimal("0.000000001")))
-    await office.desk.set_project("search", "web", Budget(budget_usd_per_month=Decimal("12.5")))
-    pinned = office.caller(await office.key(project="ix", budget_usd_per_month=Decimal(1000000000)))
-    free = office.caller(await office.key())
-    key_id = pinned.spender.key
+    for project, allowance in (("ix", Allowance(1, None)), ("web", Allowance(None, 12_500_000_000))):
+        await office.source.set_project("search", project, allowance, configured=False)
+    pinned, free = office.caller(await office.key(project="ix")), office.caller(await office.key())
     assert pinned.spender.project == "ix"
-    assert pinned.spender.allowances == (
-        (f"key {key_id}", Allowance(None, 10**18)), ("project search/ix", Allowance(1, None)),
-    )  # fmt: skip
+    assert pinned.spender.allowances == (("project search/ix", Allowance(1, None)),)
     assert office.directory.spender(free, "web", "").allowances == (
         ("project search/web", Allowance(None, 12_500_000_000)),
     )
