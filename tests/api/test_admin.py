@@ -264,8 +264,8 @@ async def test_a_caller_that_leaves_is_no_crash(tmp_path: Path) -> None:
     """Half a body and no more: nobody is alarmed."""
     async with running(tmp_path) as edge:
         _, writer = await edge.connect()
-        head = b"POST /admin/cache/warm HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n"
-        writer.write(head + b"\r\n{")
+        head = b"POST /admin/cache/warm HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        writer.write(head + b"content-length: 99\r\n\r\n{")
         await writer.drain()
         await until(lambda: bool(edge.server.server_state.tasks))
         writer.close()
