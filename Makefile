@@ -15,8 +15,8 @@ help: ## Show this list
 run: $(RUN_STAMP) ## Serve on 127.0.0.1:8080, or as ./embedgate.toml says (PORT=8099 for another port)
 	@exec .venv/bin/embedgate serve $(if $(PORT),--port $(PORT))
 
-test: $(DEV_STAMP) ## Run the whole test suite (ARGS="-k queue" for a part)
-	@exec $(PY) -m pytest $(ARGS)
+test: $(DEV_STAMP) ## Run the whole test suite, two at once (ARGS="-k queue" for a part)
+	@exec $(PY) -m pytest $(or $(ARGS),-n 2)
 
 trials: $(DEV_STAMP) ## Run the slow proofs under load and faults (ARGS="-k fallback" for a part)
 	@exec $(PY) -m pytest -o python_files='trial_*.py' -o timeout=600 -s tests/trials $(ARGS)
