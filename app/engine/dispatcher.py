@@ -236,6 +236,8 @@ class Dispatcher:
                 accepts = await self._accepts_anything(gate, self._timeout_s(gate, batch.items))
             except ProviderError as failure:
                 return self._after(gate, batch, failure)
+            except TryAgainLater as full:
+                return Returned(failed=batch.items, error=full)
             doubt.blamed = "texts" if accepts else "deployment"
         if doubt.blamed == "deployment":
             return self._after(gate, batch, Misconfigured(f"every text is refused: {error}"))
@@ -282,6 +284,9 @@ class Dispatcher:
         except ProviderError as error:
             if not error.counted:
                 used = (0, 0)
+            raise
+        except TryAgainLater:
+            used = (0, 0)
             raise
         finally:
             await self._limiter.settle(grant, used[0], requests_used=used[1])

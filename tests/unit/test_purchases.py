@@ -153,3 +153,24 @@ async def test_what_embedgate_asks_for_itself_is_nobodys() -> None:
         await asyncio.gather(rig.ask("bad"), return_exceptions=True)
     assert [each.parts[0].tenant for each, _, _ in notes.ended] == [ANONYMOUS.name, ""]
     assert [each.parts[0].cause for each, _, _ in notes.ended] == ["miss", "canary"]
+
+
+class Filling(Notebook):
+    """A ledger with room for one purchase."""
+
+    def begin(self, purchase: Purchase) -> None:
+        """See `ports.Ledger`."""
+        if self.ended:
+            raise TryAgainLater("full", 1.0)
+        super().begin(purchase)
+
+
+async def test_a_doubt_that_cannot_be_written_down_is_no_bug() -> None:
+    """The harmless text that would say who is to blame is not asked: its caller comes again, and nothing is lost."""
+    provider = ScriptedProvider(poison=frozenset({"bad"}), refusal=InputRefused("400"))
+    async with engine(provider, deployment=PRICED, ledger=Filling()) as rig:
+        with pytest.raises(TryAgainLater, match="full"):
+            await rig.ask("bad")
+        assert len(provider.calls) == 1
+        assert 'loop="flight"' not in rig.metrics()
+        assert not any(rig.leftovers().values())
