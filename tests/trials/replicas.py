@@ -307,6 +307,16 @@ class Course:
     began_s: float
     ended_s: float
 
+    @property
+    def added_s(self) -> float:
+        """By how much the 99th percentile of the fault is above that of calm times."""
+        return p99([answer.took_s for answer in self.faulty]) - p99([answer.took_s for answer in self.calm])
+
+    @property
+    def worst_s(self) -> float:
+        """The longest that anybody waited, from when the fault began."""
+        return max(answer.took_s for answer in (*self.faulty, *self.after))
+
 
 async def through(fault: AbstractAsyncContextManager[None], for_s: float, on: Stage, callers: Callers) -> Course:
     """A calm time, a fault for so long, and the time after it, with the same load throughout."""
@@ -324,11 +334,6 @@ async def through(fault: AbstractAsyncContextManager[None], for_s: float, on: St
 
 
 # ── figures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def added_p99_s(answers: Sequence[Answer], calm: Sequence[Answer]) -> float:
-    """By how much the 99th percentile is above that of calm times."""
-    return p99([answer.took_s for answer in answers]) - p99([answer.took_s for answer in calm])
 
 
 def most_in_a_minute(arrivals: Sequence[Arrival], amount: Callable[[Arrival], int]) -> int:

@@ -17,7 +17,6 @@ from tests.trials.replicas import (
     Callers,
     Course,
     Stage,
-    added_p99_s,
     per_minute,
     side_by_side,
     small_texts,
@@ -107,16 +106,6 @@ class Seen:
     refusals: int
 
     @property
-    def added_s(self) -> float:
-        """What callers lost at the 99th percentile."""
-        return added_p99_s(self.course.faulty, self.course.calm)
-
-    @property
-    def worst_s(self) -> float:
-        """The longest that anybody waited."""
-        return max(answer.took_s for answer in (*self.course.faulty, *self.course.after))
-
-    @property
     def shared_s(self) -> float:
         """How soon after the fault all counted together again."""
         return self.course.watch.all_s(self.course.ended_s, alone=False)
@@ -124,7 +113,7 @@ class Seen:
     @property
     def in_time(self) -> bool:
         """Whether all of this is within bounds."""
-        return self.added_s <= 0.150 and self.worst_s <= 1.0 and self.shared_s <= 3.0
+        return self.course.added_s <= 0.150 and self.course.worst_s <= 1.0 and self.shared_s <= 3.0
 
 
 async def take_place(fault: Fault, on: Stage) -> Seen:
@@ -161,8 +150,8 @@ def test_callers_hardly_notice(seen: Callable[[str], Seen], fault: Fault) -> Non
     good = sum(answer.as_it_should_be for answer in answers) / len(answers)
     alone_s = course.watch.all_s(course.began_s, alone=True)
     print(
-        f"\n{fault.__name__}: {good:.2%} of {len(answers)} answered, p99 {result.added_s * 1000:+.0f} ms, worst "
-        f"{result.worst_s * 1000:.0f} ms, {result.refusals} refused by the provider; alone after {alone_s:.2f} s, "
+        f"\n{fault.__name__}: {good:.2%} of {len(answers)} answered, p99 {course.added_s * 1000:+.0f} ms, worst "
+        f"{course.worst_s * 1000:.0f} ms, {result.refusals} refused by the provider; alone after {alone_s:.2f} s, "
         f"shared again after {result.shared_s:.2f} s"
     )
     assert all(answer.right for answer in answers if answer.status == 200)

@@ -27,7 +27,6 @@ from tests.trials.replicas import (
     Callers,
     Course,
     Stage,
-    added_p99_s,
     ask,
     replicas,
     session,
@@ -129,19 +128,9 @@ class Seen:
     found: Sequence[Answer]
 
     @property
-    def added_s(self) -> float:
-        """What callers lost at the 99th percentile."""
-        return added_p99_s(self.course.faulty, self.course.calm)
-
-    @property
-    def worst_s(self) -> float:
-        """The longest that anybody waited."""
-        return max(answer.took_s for answer in (*self.course.faulty, *self.course.after))
-
-    @property
     def in_time(self) -> bool:
         """Whether both are within bounds."""
-        return self.added_s <= 0.100 and self.worst_s <= 1.0
+        return self.course.added_s <= 0.100 and self.course.worst_s <= 1.0
 
 
 async def take_place(fault: Fault, at: Site, on: Stage) -> Seen:
@@ -205,8 +194,8 @@ def test_callers_do_not_notice(seen: Callable[[str], Seen], fault: Fault) -> Non
     hits = sum(is_hit(answer) for answer in result.kept) / len(result.kept)
     found = sum(map(is_hit, result.found))
     print(
-        f"\n{fault.__name__}: p99 {result.added_s * 1000:+.0f} ms of {len(answers)}, worst "
-        f"{result.worst_s * 1000:.0f} ms, "
+        f"\n{fault.__name__}: p99 {course.added_s * 1000:+.0f} ms of {len(answers)}, worst "
+        f"{course.worst_s * 1000:.0f} ms, "
         f"{hits:.1%} of the kept texts found, {result.dropped:.0f} writes dropped, then {found} of 10 kept"
     )
     assert all(answer.right for answer in (*answers, *result.kept, *result.found))
