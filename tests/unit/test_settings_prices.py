@@ -1,6 +1,5 @@
 """What a token costs: as it is configured, to the last digit, else as the vendor publishes it, else unknown."""
 
-from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.domain import Allowance, Tenant
 from app.providers.cards import KNOWN_ON
-from app.settings import RemoteDeployment, Settings, TenantSettings, cautions, describe, load
+from app.settings import RemoteDeployment, describe, load
 from tests.unit.configurations import SMALL, refusal
 
 DEPLOYMENT = '[deployments.d]\ndialect = "{}"\napi_key = "k"\nmodel = "{}"\n{}\n[models.m]\ndeployments = ["d"]\n'
@@ -98,27 +96,3 @@ def test_a_price_that_could_not_be_booked_as_stated_is_refused(write: Any, state
 def test_the_description_says_what_a_token_costs_and_who_says_so(write: Any, text: str, said: str) -> None:
     """Every digit of it, or that nobody knows."""
     assert said in describe(load(write(text), {}))
-
-
-class Bounded(TenantSettings):
-    """A tenant that may spend a dollar a month."""
-
-    def tenant(self, name: str) -> Tenant:
-        """See `TenantSettings`."""
-        return replace(super().tenant(name), allowance=Allowance(None, 10**9))
-
-
-def cautioned(settings: Settings, tenant: type[TenantSettings], *models: str) -> list[str]:
-    """What is said beside the settings once there is such a tenant."""
-    entry = tenant.model_validate({"api_key": "k", "models": list(models)})
-    return [*cautions(settings.model_copy(update={"tenants": {"t": entry}}), KNOWN_ON)]
-
-
-def test_a_budget_over_a_price_that_nobody_knows_is_told(write: Any) -> None:
-    """Only where a tenant with a budget may use the model, and its price is unknown."""
-    unknown, known = load(write(SMALL), {}), load(write(SMALL.replace("[models", PRICED)), {})
-    (said,) = cautioned(unknown, Bounded, "*")
-    assert said.startswith("deployments.main.usd_per_million_tokens: the price is not known, so the budget of t ")
-    assert cautioned(known, Bounded, "*") == []
-    assert cautioned(unknown, Bounded, "another") == []
-    assert cautioned(unknown, TenantSettings, "*") == []
