@@ -8,9 +8,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Final, Self, cast
+from typing import Final, NamedTuple, Self, cast
 
 import msgspec
 
@@ -53,6 +54,14 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
 
 ANYBODY: Final = Caller(ANONYMOUS)
 """Who calls where no key is asked for."""
+
+
+class Terms(NamedTuple):
+    """Of an account: whose it is, what may be spent, and the URL that is told; "" for none."""
+
+    tenant: str
+    allowance: Allowance
+    webhook_url: str
 
 
 class _Entry(msgspec.Struct):
@@ -168,6 +177,22 @@ class Directory:
         """The database's time, by which all processes agree on when a key ends."""
         return self._clock() * 1000 + self._ahead_ms
 
+    def terms(self, account: str) -> Terms | None:
+        """Whose account it is, what may be spent on it, and who wants to be told; None: it is nobody's any more."""
+        kind, _, name = account.partition(" ")
+        tenant, allowance = name, NO_BOUND
+        if kind == "project":
+            tenant, _, project = name.rpartition("/")
+            allowance = self._projects.get((tenant, project), NO_BOUND)
+        elif kind == "key":
+            if (entry := self._keys.get(name)) is None:
+                return None
+            tenant, allowance = entry.record.tenant, entry.record.allowance
+        owner = self._configured.get(tenant) or self._tenants.get(tenant)
+        if owner is None:
+            return None
+        return Terms(tenant, owner.allowance if kind == "tenant" else allowance, owner.webhook_url)
+
     # ── following ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def refresh(self) -> None:
@@ -263,6 +288,7 @@ def _noun(record: TenantRecord) -> Tenant:
         record.cache_group or f"tenant {record.name} {record.created_at_ms}",
         Limits(*limits) if any(limits) else None,
         record.allowance,
+        record.webhook_url,
     )
 
 
@@ -271,9 +297,7 @@ def _narrowed(tenant: Tenant, models: frozenset[str]) -> Tenant:
     if "*" in models:
         return tenant
     allowed = models if "*" in tenant.models else tenant.models & models
-    return Tenant(
-        tenant.name, tenant.weight, tenant.priority, allowed, tenant.cache_group, tenant.limits, tenant.allowance
-    )  # fmt: skip
+    return replace(tenant, models=allowed)
 
 
 @lru_cache(maxsize=1024)

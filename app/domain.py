@@ -67,7 +67,8 @@ class Tenant:
     """One paying team. `weight` is its share among tenants of one priority; `models` holds `*` or allowed names.
 
     Tenants of one `cache_group` share what was ever embedded for one of them; "" is the group of all who name none.
-    `limits` and `allowance` are for what its requests buy; what is in the cache costs nothing.
+    `limits` and `allowance` are for what its requests buy; what is in the cache costs nothing. `webhook_url` is told
+    how much of an allowance is spent; "": nobody is.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Tenant:
     cache_group: str = ""
     limits: Limits | None = None
     allowance: Allowance = NO_BOUND
+    webhook_url: str = ""
 
     @property
     def account(self) -> str:

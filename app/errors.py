@@ -67,7 +67,16 @@ class InsufficientScope(EmbedgateError):
         super().__init__(f"This API key does not have the scope '{scope}'.")
 
 
-# ── wait, then try again ────────────────────────────────────────────────────────────────────────────────────────────
+# ── ask for a larger budget ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class BudgetExhausted(EmbedgateError):
+    """What is left of a budget does not pay for the request; `account` and `span` say of which."""
+
+    def __init__(self, account: str, span: str) -> None:
+        super().__init__("You exceeded your current quota, please check your plan and billing details.")
+        self.account = account
+        self.span = span
 
 
 # ── wait ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,13 +1,18 @@
 """Hides how money is counted: in whole nano-USD, rounded once a call, and split without a remainder."""
 
 from collections.abc import Sequence
+from decimal import Decimal
 from itertools import accumulate, pairwise
 from typing import Final
 
 NANO_USD: Final = 10**9
 """So many are a dollar."""
 
+MOST_USD: Final = 9_000_000
+"""The largest budget: all that counts nano-USD counts so far exactly, a double too."""
+
 _PICO: Final = 1000
+_PLACES = 9
 
 
 def cost_nano_usd(tokens: int, pico_usd_per_token: int) -> int:
@@ -22,6 +27,14 @@ def split(total: int, weights: Sequence[int]) -> list[int]:
     whole = sum(weights)
     upto = [0, *(weight * total // whole for weight in accumulate(weights))]
     return [end - start for start, end in pairwise(upto)]
+
+
+def nano_usd_of(dollars: Decimal) -> int:
+    """Exactly so many. ValueError where that would have to be rounded, or is no sum that a budget can be."""
+    exponent = dollars.as_tuple().exponent
+    if not isinstance(exponent, int) or exponent < -_PLACES or not 0 <= dollars <= MOST_USD:
+        raise ValueError(f"must be dollars from 0 to {MOST_USD} with at most {_PLACES} decimals")
+    return int(dollars * NANO_USD)
 
 
 def usd(nano_usd: int) -> str:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from app.domain import Cause, Limits, Priority, Space, Text, Vector
+from app.domain import Allowance, Cause, Limits, Priority, Space, Text, Vector
 
 # ── tokens ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -195,6 +195,29 @@ class Ledger(Protocol):
 
     def spared(self, tenant: str, model: str, *, hits: int, joined: int, tokens: int, nano_usd: int | None) -> None:
         """What was not bought: texts found in the cache or bought for somebody else, and what they would have cost."""
+
+
+# ── budgets ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """What a request may spend: the accounts of its tenant that have an allowance, and which."""
+
+    tenant: str
+    allowances: tuple[tuple[str, Allowance], ...]
+
+
+class Budgets(Protocol):
+    """Keeps what is spent within allowances: what is set aside, together with what was spent, never exceeds one."""
+
+    async def reserve(self, bounds: Bounds, nano_usd: int, *, within_s: float) -> None:
+        """Sets so much aside on every account, for calls that leave within `within_s` seconds.
+
+        Raises BudgetExhausted where it is more than what is left, and TryAgainLater while nobody knows what is left.
+        """
+
+    def release(self, bounds: Bounds, nano_usd: int) -> None:
+        """So much of what was set aside has been spent, and is in the ledger; or will not be."""
 
 
 # ── shares ──────────────────────────────────────────────────────────────────────────────────────────────────────────

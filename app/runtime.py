@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import BinaryIO, Self, assert_never
 
+from app.alerts import Alerts
 from app.directory import Directory
 from app.domain import ANONYMOUS, Deployment, Route, Tenant
 from app.engine.breaker import CircuitBreaker
@@ -81,6 +82,7 @@ class Runtime:
             limits |= {tenant.account: tenant.limits for tenant in self.tenants.values() if tenant.limits}
             limiter = await self.stores.limiter(limits, stack)
             self.directory = await stack.enter_async_context(self._directory(limiter))
+            await stack.enter_async_context(self._alerts())
             self.gateway = await stack.enter_async_context(self._engine(gates, limiter, bell))
             self.canary = self._canary(gates, limiter, bell)
             self._stack = stack.pop_all()
@@ -141,6 +143,16 @@ class Runtime:
         )  # fmt: skip
         telemetry.watch("embedgate_directory_tenants", "Tenants made at run time", (), lambda: [((), directory.size)])
         return directory
+
+    def _alerts(self) -> Alerts:
+        """Who tells of budgets, once it is entered."""
+        stores = self.stores
+        alerts = Alerts(
+            stores.alerts, stores.secret, self.telemetry, terms=self.directory.terms, ready=lambda: stores.prepared
+        )
+        stores.ledger.watchers.append(alerts)
+        stores.budgets.on_exhausted = alerts.exhausted
+        return alerts
 
     def _gates(self) -> dict[str, Gate]:
         """A Gate per deployment that some model uses, shared by all models that do."""
@@ -203,6 +215,7 @@ class Runtime:
             cache=self.stores.cache,
             limiter=limiter,
             ledger=self.stores.ledger,
+            budgets=self.stores.budgets,
             gates=gates,
             telemetry=self.telemetry,
             secret=self.stores.secret.derive("cache keys"),

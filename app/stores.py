@@ -15,6 +15,7 @@ from app.domain import Limits
 from app.errors import ConfigurationError
 from app.ports import Limiter
 from app.settings import Settings
+from app.storage.budgets import SharedBudgets
 from app.storage.journal import Journal
 from app.storage.ledger import BookedLedger
 from app.storage.level import Epoch, Level, LevelDown
@@ -26,6 +27,7 @@ from app.storage.redis_server import RedisServer
 from app.storage.redis_shares import RedisShares
 from app.storage.sealing import Sealer
 from app.storage.secret import MasterSecret, confirm, own_secret
+from app.storage.sql.alerts import SqlAlerts
 from app.storage.sql.cache import SqlLevel
 from app.storage.sql.database import Database, DatabaseDown
 from app.storage.sql.directory import SqlDirectory
@@ -72,6 +74,7 @@ class Stores:
         self.sql: SqlLevel
         self.epochs: SqlEpochs
         self.cache: TieredCache
+        self.budgets: SharedBudgets
         self.ledger: BookedLedger
 
     async def __aenter__(self) -> Self:
@@ -92,7 +95,10 @@ class Stores:
             self._redis = await self._server(stack, "redis", self._settings.stores.redis_url)
             self.shares = RedisShares(self._redis, self.replica) if self._redis else None
             self.cache = await stack.enter_async_context(await self._cache(stack))
+            self.budgets = await stack.enter_async_context(self._budgets())
             self.ledger = await stack.enter_async_context(self._ledger())
+            self.budgets.unbooked = self.ledger.unbooked
+            self.ledger.watchers.append(self.budgets)
             self._watch()
             self._background.append(self._tasks.create_task(self._tend(preparing), name="stores"))
             self._stack = stack.pop_all()
@@ -119,6 +125,11 @@ class Stores:
         return SqlLandmarks(self.database)
 
     @property
+    def alerts(self) -> SqlAlerts:
+        """What was told of budgets."""
+        return SqlAlerts(self.database)
+
+    @property
     def usage(self) -> SqlUsage:
         """What was spent, as it has been summed up."""
         return SqlUsage(self.database)
@@ -127,6 +138,11 @@ class Stores:
     def directory(self) -> SqlDirectory:
         """Tenants, projects and keys made at run time."""
         return SqlDirectory(self.database, ready=lambda: self._prepared)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the database is known to be ours, and has our tables."""
+        return self._prepared
 
     def complaint(self) -> str | None:
         """Why this process should get no requests, if so."""
@@ -180,6 +196,17 @@ class Stores:
             "embedgate_cache_bytes", "Memory of the vectors kept", (), lambda: [((), memory.stats().used_bytes)]
         )
         return TieredCache(memory, levels, sealer, self._telemetry, epochs=_Ours(self))
+
+    def _budgets(self) -> SharedBudgets:
+        """To be entered before the ledger, whose last bookings it tells the others."""
+        return SharedBudgets(
+            SqlLedger(self.database, self.replica),
+            self._telemetry,
+            ready=lambda: self._prepared,
+            server=self._redis,
+            replica=self.replica,
+            max_replicas=self._settings.stores.max_replicas,
+        )
 
     def _ledger(self) -> BookedLedger:
         folder, kept = _data_dir(self._settings) / "journal", self._settings.ledger

@@ -6,26 +6,27 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
 from app import money
+from app.alerts import webhook_secret
 from app.directory import NAME
 from app.domain import ANONYMOUS, Allowance, Limits, Tenant
 from app.errors import InvalidRequest, NotFound
-from app.settings import Settings
+from app.settings import Settings, webhook_url
 from app.storage import api_key
 from app.storage.secret import MasterSecret
 from app.storage.sql.database import Database
 from app.storage.sql.directory import KeyRecord, ProjectRecord, SqlDirectory, TenantRecord, listed
+from app.storage.sql.entries import spans_of
 from app.storage.sql.erasure import erase
+from app.storage.sql.ledger import SqlLedger
 
 _NAME = re.compile(NAME).fullmatch
-_MOST_USD = 10**9
-_MOST_PLACES = 9
 _MOST_NETWORKS = 100
+_DAY_MS = 86_400_000
 _LONGEST_S = 3_155_760_000
 
 _END = r"(?!\n)$"
@@ -114,6 +115,8 @@ class TenantDesk:
         self._settings = settings
         self._database = database
         self._directory = directory
+        self._secret = secret
+        self._books = SqlLedger(database, "")
         self._hash = api_key.KeyHash(secret)
 
     # ── tenants ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,7 +128,7 @@ class TenantDesk:
         return Listed(configured + [_tenant(each) for each in found[: page.limit]], len(found) > page.limit)
 
     async def tenant(self, name: str) -> dict[str, Any]:
-        """One of them, with its projects."""
+        """One of them, with its projects, and what they spent today and this month by UTC."""
         if name in self._settings.tenants:
             found = self._configured(name)
         else:
@@ -133,7 +136,19 @@ class TenantDesk:
             if record is None:
                 raise _no_tenant(name)
             found = _tenant(record)
-        return found | {"projects": [*map(_project, await self._directory.projects(name))]}
+        projects = [*map(_project, await self._directory.projects(name))]
+        accounts = {f"tenant {name}": found} | {f"project {name}/{each['name']}": each for each in projects}
+        _, now_ms = await self._directory.now()
+        spans = dict(zip(("spent_usd_today", "spent_usd_this_month"), spans_of(now_ms // _DAY_MS), strict=True))
+        spent = await self._books.spent([*accounts], [*spans.values()])
+        for account, row in accounts.items():
+            row |= {column: money.usd(spent.get((account, span), 0)) for column, span in spans.items()}
+        return found | {"projects": projects}
+
+    async def webhook_secret(self, name: str) -> dict[str, Any]:
+        """With what a tenant checks that a message to its webhook is from here."""
+        await self.tenant(name)
+        return {"object": "webhook_secret", "tenant": name, "secret": webhook_secret(self._secret, name)}
 
     async def create_tenant(self, new: NewTenant) -> dict[str, Any]:
         """Makes a tenant; nobody can call for it before it has a key."""
@@ -264,27 +279,16 @@ _COLUMNS: Mapping[str, str] = {"budget_usd_per_day": "day_nano_usd", "budget_usd
 
 
 def _allowance(budget: Budget) -> Allowance:
-    """None yet: what nothing would keep to is refused, never ignored."""
-    bounds = {name: _nano_usd(name, getattr(budget, name)) for name in _COLUMNS}
-    for name, bound in bounds.items():
-        if bound is not None:
-            raise _unsupported(name)
-    return Allowance(*bounds.values())
-
-
-def _unsupported(name: str) -> InvalidRequest:
-    return InvalidRequest(f"'{name}' is not supported by this version.", param=name, code="unsupported_value")
+    return Allowance(*(_nano_usd(name, getattr(budget, name)) for name in _COLUMNS))
 
 
 def _nano_usd(name: str, dollars: Decimal | None) -> int | None:
-    """Exactly so many; never rounded."""
     if not dollars:  # NaN is not false
         return None
-    exponent = dollars.as_tuple().exponent
-    if not isinstance(exponent, int) or exponent < -_MOST_PLACES or not 0 < dollars <= _MOST_USD:
-        text = f"'{name}' must be dollars from 0 to {_MOST_USD} with at most {_MOST_PLACES} decimals."
-        raise InvalidRequest(text, param=name, code="invalid_value")
-    return int(dollars * money.NANO_USD)
+    try:
+        return money.nano_usd_of(dollars)
+    except ValueError as error:
+        raise InvalidRequest(f"'{name}' {error}.", param=name, code="invalid_value") from None
 
 
 def _check_name(what: str, name: str) -> None:
@@ -303,16 +307,9 @@ def _networks(given: Sequence[str]) -> list[str]:
 
 def _webhook(url: str) -> str:
     try:
-        parts = urlsplit(url)
-        sound = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0 and not parts.username
-    except ValueError:
-        sound = False
-    if url and not (sound and url.isascii() and url.isprintable() and " " not in url):
-        text = "'webhook_url' must be a URL such as https://example.com/hook, without credentials."
-        raise InvalidRequest(text, param="webhook_url", code="invalid_value")
-    if url:
-        raise _unsupported("webhook_url")
-    return url
+        return webhook_url(url)
+    except ValueError as error:
+        raise InvalidRequest(f"'webhook_url' {error}.", param="webhook_url", code="invalid_value") from None
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -344,7 +341,7 @@ def _record(tenant: Tenant) -> TenantRecord:
     return TenantRecord(
         tenant.name, tenant.weight, tenant.priority.name.lower(), tuple(sorted(tenant.models)),
         limits.requests_per_minute, limits.tokens_per_minute, limits.max_in_flight, tenant.allowance,
-        tenant.cache_group, "", None,
+        tenant.cache_group, tenant.webhook_url, None,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from app.engine.gateway import EngineParts, Gateway
 from app.engine.intake import Intake
 from app.engine.workqueue import QueueBound
 from app.errors import ProviderError
-from app.ports import Cache, End, Ledger, Limiter, Purchase, Reply, Served, Shares
+from app.ports import Bounds, Budgets, Cache, End, Ledger, Limiter, Purchase, Reply, Served, Shares
 from app.storage.limiter import InProcessLimiter
 from app.storage.memory import MemoryCache
 from app.telemetry import Telemetry
@@ -73,6 +73,18 @@ class Notebook:
         self.joined += joined
         self.tokens += tokens
         self.nano_usd += nano_usd or 0
+
+
+class NoBudgets:
+    """For tests in which nobody has one."""
+
+    async def reserve(self, bounds: Bounds, nano_usd: int, *, within_s: float) -> None:
+        """See `ports.Budgets`."""
+        raise AssertionError((bounds, nano_usd, within_s))
+
+    def release(self, bounds: Bounds, nano_usd: int) -> None:
+        """See `ports.Budgets`."""
+        raise AssertionError((bounds, nano_usd))
 
 
 class Words:
@@ -270,6 +282,7 @@ async def engine(
     cache: Cache | None = None,
     limiter: Limiter | None = None,
     ledger: Ledger | None = None,
+    budgets: Budgets | None = None,
     shares: Shares | None = None,
     several_tenants: bool = False,
     cuts_dimensions: bool = False,
@@ -309,6 +322,7 @@ async def engine(
         cache=cache or MemoryCache(1 << 20),
         limiter=limiter or InProcessLimiter({named.name: named.limits for named in deployments}, clock=loop.time),
         ledger=ledger or Notebook(),
+        budgets=budgets or NoBudgets(),
         gates=gates,
         telemetry=telemetry,
         secret=b"rig",

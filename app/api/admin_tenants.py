@@ -50,6 +50,12 @@ def _add_tenants(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
         check(request)
         return await _asked(desk.tenant(name))
 
+    @api.get("/admin/tenants/{name}/webhook-secret", **openapi.TENANT_WEBHOOK_SECRET)
+    async def show_webhook_secret(request: Request, name: str) -> dict[str, Any]:
+        """With what the tenant checks messages to its webhook."""
+        check(request)
+        return await _asked(desk.webhook_secret(name))
+
     @api.patch("/admin/tenants/{name}", **openapi.TENANT_UPDATE)
     async def update_tenant(request: Request, name: str) -> dict[str, Any]:
         """Changes what the body names, and nothing else."""

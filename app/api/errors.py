@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import orjson
 
 from app.errors import (
+    BudgetExhausted,
     DeadlineExceeded,
     EmbedgateError,
     InsufficientScope,
@@ -155,6 +156,13 @@ _FACES: dict[type[EmbedgateError], Callable[..., _Face]] = {
     Unauthenticated: _unauthenticated,
     InsufficientScope: lambda _: (403, _INVALID, None, "insufficient_scope", ()),
     RateLimited: _limited,
+    BudgetExhausted: lambda _: (
+        429,
+        "insufficient_quota",
+        None,
+        "insufficient_quota",
+        ((b"x-should-retry", b"false"),),
+    ),
     Overloaded: _later("server_is_overloaded"),
     ProviderUnavailable: _later("provider_unavailable"),
     ShuttingDown: _later("shutting_down", _CLOSE),

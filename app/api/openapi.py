@@ -209,7 +209,7 @@ _CREATE: _Schema = {
         "405": _error("Another method than POST.", {"allow": _header("`POST`")}),
         "413": _error("The body is too large; the connection is closed."),
         "415": _error("Not JSON, or compressed."),
-        "429": _error("Your tenant is over its limit of tokens, requests or concurrent requests.", _WAIT),
+        "429": _error("Your tenant is over its limit of tokens, requests or concurrent requests, or of money.", _WAIT),
         "500": _error("A bug of ours."),
         "502": _error("All attempts failed at the provider."),
         "503": _UNAVAILABLE,
@@ -342,6 +342,7 @@ def _desk(name: str, description: str, body: type | None = None, *parameters: _S
 TENANTS = _desk("listTenants", "Tenants by name.", None, *_ROWS)
 TENANT_CREATE = _desk("createTenant", "The tenant.", NewTenant)
 TENANT = _desk("retrieveTenant", "The tenant and its projects.")
+TENANT_WEBHOOK_SECRET = _desk("retrieveWebhookSecret", "What libraries for Standard Webhooks check messages with.")
 TENANT_UPDATE = _desk("updateTenant", "The tenant.", TenantTerms)
 TENANT_DELETE = _desk("deleteTenant", "That it is deleted.")
 PROJECT = _desk("retrieveProject", "The project.")

@@ -25,7 +25,7 @@ _TENANTS = """
 Make tenants while servers run: each is one paying team with its share, its limits, its cache. Servers notice within 5
 s. Tenants of the configuration file are shown too, and are changed there.
 
-    embedgate tenants create search --requests-per-minute 600
+    embedgate tenants create search --requests-per-minute 600 --budget-usd-per-month 50
     embedgate keys create --tenant search
     embedgate tenants list
 """
@@ -33,7 +33,7 @@ _CREATE = """
 Make a tenant. Nobody can call for it before it has a key:
 
     embedgate tenants create search --weight 2 --priority interactive --models text-embedding-3-small
-    embedgate tenants create crawler --priority bulk --tokens-per-minute 500000
+    embedgate tenants create crawler --priority bulk --budget-usd-per-day 2.50 --budget-usd-per-month 40
     embedgate keys create --tenant search
 
 What it buys is cached for it alone, unless it names a --cache-group: tenants of one group share what one of them
@@ -44,6 +44,13 @@ Change what is named here, and nothing else; a limit of 0 is none:
 
     embedgate tenants update search --weight 3
     embedgate tenants update search --tokens-per-minute 0
+    embedgate tenants update search --budget-usd-per-month 80 --webhook-url https://hooks.example.com/embedgate
+"""
+_SIGNED = """
+Print the secret with which a tenant checks that a message to its webhook is from here: they are signed as
+standardwebhooks.com describes, so its libraries take the secret as it is.
+
+    embedgate tenants webhook-secret search
 """
 _DELETE = """
 End a tenant: its keys and projects end with it, its cache cannot be reached any more, and in the books what it spent
@@ -56,7 +63,7 @@ _PROJECTS = """
 Divide what a tenant spends. A key can belong to a project; other callers name one with the header x-embedgate-project.
 `embedgate tenants show` lists them.
 
-    embedgate projects set search indexing
+    embedgate projects set search indexing --budget-usd-per-month 20
     embedgate keys create --tenant search --project indexing
 """
 
@@ -64,8 +71,10 @@ commands = typer.Typer(help=with_examples(_TENANTS), no_args_is_help=True, rich_
 projects = typer.Typer(help=with_examples(_PROJECTS), no_args_is_help=True, rich_markup_mode=None)
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
-PerDay = Annotated[str | None, typer.Option("--budget-usd-per-day", metavar="USD", hidden=True)]
-PerMonth = Annotated[str | None, typer.Option("--budget-usd-per-month", metavar="USD", hidden=True)]
+PerDay = Annotated[
+    str | None, typer.Option("--budget-usd-per-day", metavar="USD", help="May be spent in a day, by UTC; 0: no bound.")
+]
+PerMonth = Annotated[str | None, typer.Option("--budget-usd-per-month", metavar="USD", help="The same in a month.")]
 Models = Annotated[str | None, typer.Option(metavar="A,B", help="The models that may be asked for; default: all.")]
 _SHORT = {
     "name": "name", "weight": "weight", "priority": "priority", "models": "models",
@@ -80,7 +89,9 @@ _Requests = Annotated[int | None, typer.Option("--requests-per-minute", help="0:
 _Tokens = Annotated[int | None, typer.Option("--tokens-per-minute", help="0: no limit.")]
 _InFlight = Annotated[int | None, typer.Option("--max-in-flight", help="Requests at one moment; 0: no limit.")]
 _Group = Annotated[str | None, typer.Option("--cache-group", help='With whom it shares the cache; "": nobody.')]
-_Webhook = Annotated[str | None, typer.Option("--webhook-url", hidden=True)]
+_Webhook = Annotated[
+    str | None, typer.Option("--webhook-url", metavar="URL", help="Is told when 50, 80, 100 % of a budget are spent.")
+]
 
 
 @commands.command(help=with_examples(_CREATE))
@@ -119,6 +130,13 @@ def show_tenant(name: _Name, config: Config = None, as_json: AsJson = False) -> 
     if not as_json and found["projects"]:
         print()
         show([_project_row(each) for each in found["projects"]], as_json=False)
+
+
+@commands.command("webhook-secret", help=with_examples(_SIGNED))
+def show_webhook_secret(name: _Name, config: Config = None, as_json: AsJson = False) -> None:
+    """See `_SIGNED`."""
+    found = at_desk(config, lambda desk: desk.webhook_secret(name))
+    print(json_lines([found]) if as_json else found["secret"])
 
 
 @commands.command(help=with_examples(_UPDATE))

@@ -209,8 +209,8 @@ class Batcher:
                 item.future.set_result(Answer(vector.data, vector.tokens, landed.deployment, size, wait_s))
 
     def _retry(self, returned: Returned) -> None:
-        if returned.error is not None:
-            self._fail(returned.failed, returned.error)
+        for item, error in returned.failed.items():
+            self._fail((item,), error)
         for group in returned.groups:
             wanted = tuple(item for item in group.items if item.waiters)
             for item in group.items:

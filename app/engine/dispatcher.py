@@ -7,12 +7,13 @@ import math
 import random
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from app import money, vectors
 from app.domain import Cause, Priority, Space
 from app.engine.breaker import Pass
+from app.engine.budget import Budget, Fare
 from app.engine.calls import OWN, Calls
 from app.engine.gate import Bell, Gate, Slot
 from app.engine.roster import Roster
@@ -63,11 +64,10 @@ class Landed:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """The batch failed: `groups` of its texts try again; `failed` got `error`."""
+    """The batch failed: `groups` of its texts try again; the others `failed`, each with its error."""
 
     groups: tuple[Group, ...] = ()
-    failed: tuple[WorkItem, ...] = ()
-    error: EmbedgateError | None = None
+    failed: Mapping[WorkItem, EmbedgateError] = field(default_factory=dict)
 
 
 class Dispatcher:
@@ -79,6 +79,7 @@ class Dispatcher:
         gates: Sequence[Gate],
         limiter: Limiter,
         ledger: Ledger,
+        budget: Budget,
         bell: Bell,
         telemetry: Telemetry,
         *,
@@ -90,6 +91,7 @@ class Dispatcher:
     ) -> None:
         self._space = space
         self._limiter = limiter
+        self._budget = budget
         self._calls = Calls(limiter, ledger, bell, clock=clock)
         self._roster = Roster(
             space, gates, clock=clock, spread=spread, spill_s=spill_s, several_tenants=several_tenants
@@ -161,8 +163,9 @@ class Dispatcher:
         gate = permit.slot.gate
         if not batch.items[0].attempts:
             gate.budget.earn()
+        fare = self._budget.depart(gate, batch.items)
         try:
-            reply = await self._bought(permit, batch)
+            reply = await self._paid(permit, batch, fare)
             if batch.doubt is not None:
                 batch.doubt.accepted = True
             counted = None if gate.counts_exactly else reply.tokens_billed
@@ -170,11 +173,26 @@ class Dispatcher:
         except InputRefused as error:
             return await self._refused(gate, batch, error)
         except ProviderError as error:
-            return self._after(gate, batch, error)
+            returned = self._after(gate, batch, error)
+            return await self._afford(returned, fare) if error.may_cost else returned
         except TryAgainLater as error:
-            return Returned(failed=batch.items, error=error)
+            return Returned(failed=dict.fromkeys(batch.items, error))
         finally:
             permit.slot.release()
+
+    async def _paid(self, permit: Permit, batch: Batch, fare: Fare) -> Reply:
+        """The call, and what it means for the budgets of those who pay for it. Raises as `_bought` does."""
+        spent = True
+        try:
+            return await self._bought(permit, batch)
+        except ProviderError as error:
+            spent = error.may_cost
+            raise
+        except TryAgainLater:
+            spent = False
+            raise
+        finally:
+            self._budget.arrive(fare, spent=spent)
 
     async def _bought(self, permit: Permit, batch: Batch) -> Reply:
         """The call itself; settles its grant. Raises ProviderErrors."""
@@ -237,7 +255,7 @@ class Dispatcher:
             except ProviderError as failure:
                 return self._after(gate, batch, failure)
             except TryAgainLater as full:
-                return Returned(failed=batch.items, error=full)
+                return Returned(failed=dict.fromkeys(batch.items, full))
             doubt.blamed = "texts" if accepts else "deployment"
         if doubt.blamed == "deployment":
             return self._after(gate, batch, Misconfigured(f"every text is refused: {error}"))
@@ -247,7 +265,7 @@ class Dispatcher:
             rest = items[:bad] + items[bad + 1 :]
             gate.proven = False
             groups = (Group(rest, batch.avoid, splits=batch.splits, doubt=doubt),) if rest else ()
-            return Returned(groups, (items[bad],), self._blame(error))
+            return Returned(groups, {items[bad]: self._blame(error)})
         half = len(items) // 2
         parts, splits = (items[:half], items[half:]), batch.splits + 1
         halves = (Group(part, batch.avoid, splits=splits, doubt=doubt) for part in parts)
@@ -304,13 +322,22 @@ class Dispatcher:
         others = self._roster.can_avoid(avoid)
         lasting = isinstance(error, BadCredential | QuotaExhausted | Misconfigured)
         if not again or not (others or (not lasting and gate.budget.spend())):
-            return Returned(failed=batch.items, error=failure)
+            return Returned(failed=dict.fromkeys(batch.items, failure))
         rest_s = math.inf if lasting else self._rest_s(gate, batch, error)
         self._telemetry.texts_retried(
             deployment=gate.name, items=len(again), reason=type(error).__name__, delay_s=0.0 if others else rest_s
         )
-        spent = tuple(item for item in batch.items if item.attempts >= most)
-        return Returned((Group(again, avoid, self._clock() + rest_s),), spent, failure)
+        spent = dict.fromkeys((item for item in batch.items if item.attempts >= most), failure)
+        return Returned((Group(again, avoid, self._clock() + rest_s),), spent)
+
+    async def _afford(self, returned: Returned, fare: Fare) -> Returned:
+        """The same, but texts that may have been paid for only try again if there is money to pay for them again."""
+        again = [item for group in returned.groups for item in group.items]
+        refused = await self._budget.again(fare, again)
+        if not refused:
+            return returned
+        left = [replace(group, items=tuple(i for i in group.items if i not in refused)) for group in returned.groups]
+        return Returned(tuple(group for group in left if group.items), {**returned.failed, **refused})
 
     def _rest_s(self, gate: Gate, batch: Batch, error: ProviderError) -> float:
         """How soon it makes sense to ask the same deployment again."""

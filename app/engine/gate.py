@@ -164,6 +164,10 @@ class Gate:
         """Our count as the vendor will probably bill it."""
         return tokens if self._ratio is None else round(tokens * self._ratio.mean)
 
+    def cost_nano_usd(self, tokens: int) -> int:
+        """What a text of so many tokens, as we count, will cost at most; 0 where its price is not known."""
+        return -(-self.expect(tokens) * (self.deployment.price or 0) // 1000)
+
     def unweigh(self, tokens: int) -> int:
         """How many of our tokens fit so many of the vendor's."""
         return tokens if self._ratio is None else int(tokens / self._ratio.value)

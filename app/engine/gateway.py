@@ -12,6 +12,7 @@ import msgspec
 from app import money, vectors
 from app.domain import EmbeddingRequest, EmbeddingResult, Priority, Route, Space, Text, Vector
 from app.engine.batcher import Batcher, CrashLog
+from app.engine.budget import Budget
 from app.engine.dispatcher import Dispatcher
 from app.engine.door import Door
 from app.engine.gate import LEAST_WAIT_S, Bell, Gate
@@ -21,7 +22,7 @@ from app.engine.sharing import share
 from app.engine.workitem import Answer, WorkItem
 from app.engine.workqueue import QueueBound, WorkQueue
 from app.errors import DeadlineExceeded, EmbedgateError, ProviderUnavailable, RejectedInput, UpstreamFailed
-from app.ports import Cache, Ledger, Limiter, Shares
+from app.ports import Budgets, Cache, Ledger, Limiter, Shares
 from app.telemetry import Telemetry
 
 GRACE_S = 5.0
@@ -42,6 +43,7 @@ class EngineParts:
     cache: Cache
     limiter: Limiter
     ledger: Ledger
+    budgets: Budgets
     gates: Mapping[str, Gate]
     telemetry: Telemetry
     secret: bytes
@@ -79,6 +81,7 @@ class Gateway:
             CacheKeys(secret, parts.cache) for secret in (parts.secret, *parts.older_secrets)
         ]
         self._door = Door(parts.limiter)
+        self._budget = Budget(parts.budgets, clock=self._clock)
         self._tasks = asyncio.TaskGroup()
         self._loops: list[asyncio.Task[None]] = []
         self._watch()
@@ -210,12 +213,14 @@ class Gateway:
     async def _bring(
         self, plan: Plan, parts: Mapping[bytes, Sized], owners: Mapping[bytes, int], have: dict[bytes, Vector]
     ) -> tuple[dict[bytes, Answer], Collection[bytes]]:
-        """What of `parts` is not in `have`, within what the tenant may buy; and which of it this request bought."""
-        tokens = sum(sized.tokens for key, sized in parts.items() if key not in have)
-        grant = await self._door.enter(plan.request.tenant, tokens)
+        """What of `parts` is not in `have`, if the tenant may buy it; and which of it this request bought."""
+        request, tokens = plan.request, [sized.tokens for key, sized in parts.items() if key not in have]
+        gates = [self._parts.gates[deployment.name] for deployment in plan.route.deployments]
+        grant = await self._door.enter(request.tenant, sum(tokens))
         bought: list[WorkItem] | None = None
         try:
-            late = [key for key in parts if key not in have] if grant is not None else []  # others had a turn
+            others_had_a_turn = await self._budget.enter(request, gates, tokens) or grant is not None
+            late = [key for key in parts if key not in have] if others_had_a_turn else []
             recalled = self._parts.cache.recall(late)
             have |= {key: vector for key, vector in zip(late, recalled, strict=True) if vector is not None}
             batcher = self._batcher(plan.route, plan.space)
@@ -223,6 +228,7 @@ class Gateway:
             bought = [items[key] for key in new]
             return await self._arrival(batcher, plan, items, owners), new
         finally:
+            self._budget.leave(request)
             await self._door.leave(grant, bought)
 
     def _join_windows(
@@ -308,7 +314,7 @@ class Gateway:
             gates = [parts.gates[deployment.name] for deployment in route.deployments]
             queue = WorkQueue(self._bound, telemetry, clock=clock, bulk_share=parts.bulk_share, ring=bell.ring)
             dispatcher = Dispatcher(
-                space, gates, parts.limiter, parts.ledger, bell, telemetry,
+                space, gates, parts.limiter, parts.ledger, self._budget, bell, telemetry,
                 clock=clock, rng=self._rng, spread=route.spread, spill_s=route.spill_s,
                 several_tenants=parts.several_tenants,
             )  # fmt: skip

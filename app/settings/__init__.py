@@ -12,6 +12,7 @@ from app.settings.description import describe
 from app.settings.grammar import ModelFacts, ModelSettings, ServerSettings, Settings, TenantSettings
 from app.settings.reading import find, load
 from app.settings.tables import Row, json_lines, table
+from app.settings.values import webhook_url
 from app.settings.verdicts import verdict
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "table",
     "usd_per_million",
     "verdict",
+    "webhook_url",
 ]

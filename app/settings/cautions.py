@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 
+from app.domain import NO_BOUND
 from app.settings.deployments import DeploymentSettings, RemoteDeployment
 from app.settings.grammar import ModelSettings, Settings
 from app.settings.places import dotted
@@ -53,6 +54,7 @@ def cautions(settings: Settings, today: date) -> Iterator[str]:
         yield from _quotas(name, deployment)
     for name, model in settings.models.items():
         yield from _never_degraded(settings, name, model)
+        yield from _beyond_budgets(settings, name, model)
 
 
 def _quotas(name: str, deployment: DeploymentSettings) -> Iterator[str]:
@@ -68,6 +70,16 @@ def _quotas(name: str, deployment: DeploymentSettings) -> Iterator[str]:
     if deployment.is_vendors and tiers and not (limits.requests_per_minute or limits.tokens_per_minute):
         key = dotted(("deployments", name, "tier"))
         yield f"{key}: no limits are set, so only 429s will slow it down; set the account's tier: {', '.join(tiers)}"
+
+
+def _beyond_budgets(settings: Settings, name: str, model: ModelSettings) -> Iterator[str]:
+    """What a tenant buys at a price that nobody knows is in no budget."""
+    nouns = (entry.tenant(tenant) for tenant, entry in settings.tenants.items())
+    bounded = [noun.name for noun in nouns if noun.allowance != NO_BOUND and noun.may_use(name)]
+    for deployment in model.deployments if bounded else ():
+        if settings.deployments[deployment].price is None:
+            key = dotted(("deployments", deployment, "usd_per_million_tokens"))
+            yield f"{key}: the price is not known, so the budget of {', '.join(bounded)} does not bound what it costs"
 
 
 def _never_degraded(settings: Settings, name: str, model: ModelSettings) -> Iterator[str]:

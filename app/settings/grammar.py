@@ -4,16 +4,19 @@ import ipaddress
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from types import MappingProxyType
 from typing import Annotated, Final, Literal
 
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from app.domain import BreakerPolicy, InputType, Limits, Priority, Tenant, Truncation
+from app import money
+from app.domain import Allowance, BreakerPolicy, InputType, Limits, Priority, Tenant, Truncation
 from app.providers.cards import ModelCard
 from app.settings.deployments import DeploymentSettings, LocalDeployment, RemoteDeployment
 from app.settings.values import (
+    BudgetUsd,
     DatabaseUrl,
     FilePath,
     Host,
@@ -28,6 +31,7 @@ from app.settings.values import (
     SecretsIfAny,
     Section,
     Spill,
+    WebhookUrl,
 )
 
 VOCABULARIES: Final = ("cl100k_base", "estimate")
@@ -143,13 +147,26 @@ class TenantSettings(Section):
     requests_per_minute: PerMinute = 0
     tokens_per_minute: PerMinute = 0
     max_in_flight: int = Field(default=0, ge=0, le=100_000)
+    budget_usd_per_day: BudgetUsd = 0.0
+    budget_usd_per_month: BudgetUsd = 0.0
+    webhook_url: WebhookUrl = ""
     cache_group: OptionalName = ""
 
     def tenant(self, name: str) -> Tenant:
         """The noun, under its name."""
         return Tenant(
-            name, self.weight, Priority[self.priority.upper()], frozenset(self.models), self.cache_group, self.limits
+            name, self.weight, Priority[self.priority.upper()], frozenset(self.models), self.cache_group, self.limits,
+            self.allowance, self.webhook_url,
         )  # fmt: skip
+
+    @property
+    def allowance(self) -> Allowance:
+        """What its requests may spend together."""
+        per_day, per_month = (
+            money.nano_usd_of(Decimal(repr(dollars))) or None
+            for dollars in (self.budget_usd_per_day, self.budget_usd_per_month)
+        )
+        return Allowance(per_day, per_month)
 
     @property
     def limits(self) -> Limits | None:

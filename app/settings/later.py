@@ -7,11 +7,6 @@ from typing import Final
 LATER: Final[Mapping[str, Mapping[str, tuple[object, ...]]]] = MappingProxyType(
     {
         "server": {"workers": (1,), "admin_port": (0,)},
-        "tenants": {
-            "budget_usd_per_month": (0,),
-            "budget_usd_per_day": (0,),
-            "webhook_url": ("",),
-        },
     }
 )
 """Names of the grammar that this version takes only with a value that changes nothing."""

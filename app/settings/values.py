@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
@@ -18,6 +19,8 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
+
+from app import money
 
 
 class Section(BaseModel):
@@ -97,6 +100,23 @@ def _base_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def webhook_url(url: str) -> str:
+    """The URL itself, or "" for none. ValueError for what cannot be called, or holds what belongs elsewhere."""
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0 and not parts.username
+    except ValueError:
+        sound = False
+    if url and not (sound and url.isascii() and url.isprintable() and " " not in url and "#" not in url):
+        raise ValueError("must be a URL such as https://example.com/hook, without credentials")
+    return url
+
+
+def _budget(dollars: float) -> float:
+    money.nano_usd_of(Decimal(repr(dollars)))
+    return dollars
+
+
 def _host(host: str) -> str:
     if not host or not (host.isascii() and host.isprintable()) or set(host) & set(" /[]@"):
         raise ValueError("must be an address or a host name, without scheme and port")
@@ -146,6 +166,9 @@ Name: TypeAlias = Annotated[str, Field(pattern=r"^[!-~]{1,128}$")]
 OptionalName: TypeAlias = Annotated[str, Field(pattern=r"^[!-~]{0,128}$")]
 """A name, or "" for none."""
 BaseUrl: TypeAlias = Annotated[str, AfterValidator(_base_url)]
+WebhookUrl: TypeAlias = Annotated[str, Field(max_length=2048), AfterValidator(webhook_url)]
+BudgetUsd: TypeAlias = Annotated[float, Field(ge=0, le=money.MOST_USD), AfterValidator(_budget)]
+"""What may be spent, in dollars with at most nine decimals; 0 for no bound."""
 Host: TypeAlias = Annotated[str, AfterValidator(_host)]
 ApiVersion: TypeAlias = Annotated[
     Annotated[str, Field(pattern=r"^[0-9A-Za-z.-]{0,64}$")], _refused_as('must be a version such as "2024-10-21"')

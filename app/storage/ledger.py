@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import islice
 from operator import add
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import msgspec
 
@@ -133,6 +133,19 @@ class Backlog:
         ]
 
 
+class Watcher(Protocol):
+    """Who follows what is spent here, and what of it SQL knows."""
+
+    def ended(self, account: str, day: int, nano_usd: int) -> None:
+        """So much was spent here, on that day since 1970; it is in `unbooked` from now on."""
+
+    def booked(self, account: str, span: str, nano_usd: int) -> None:
+        """So much was spent in a span as far as SQL knows; what of it was ours is no longer in `unbooked`."""
+
+    def settled(self, replica: str) -> None:
+        """All that a replica which is gone ever wrote down is in SQL."""
+
+
 class BookedLedger:
     """The `Ledger` over a journal and a database; an async context manager that owns its tasks.
 
@@ -153,8 +166,7 @@ class BookedLedger:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.sql = sql
-        self.on_booked: Callable[[str, str, int], None] | None = None
-        """Hears of an account, a span and all that was spent then, in nano-USD, whenever that changed."""
+        self.watchers: list[Watcher] = []
         self._journal = journal
         self._telemetry = telemetry
         self._ready = ready
@@ -214,6 +226,8 @@ class BookedLedger:
         for account, day, nano_usd in charges(purchase, tokens):
             of_account = self._unbooked.setdefault(account, {})
             of_account[day] = of_account.get(day, 0) + nano_usd
+            for watcher in self.watchers:
+                watcher.ended(account, day, nano_usd)
 
     def spared(self, tenant: str, model: str, *, hits: int, joined: int, tokens: int, nano_usd: int | None) -> None:
         """See `ports.Ledger`; of more tenants than can wait for the database it is not known whose it was."""
@@ -299,6 +313,8 @@ class BookedLedger:
             await self._book(backlog)
             self._inherited.remove(backlog)
             await asyncio.to_thread(self._journal.disown, backlog.record)
+            for watcher in self.watchers:
+                watcher.settled(backlog.record.owner)
         await self._book_spared()
 
     async def _book(self, backlog: Backlog) -> None:
@@ -330,9 +346,9 @@ class BookedLedger:
     def _tell_booked(self, booked: Booked) -> None:
         for (tenant, model, cause), nano_usd in booked.more.items():
             self._telemetry.money_spent(tenant=tenant, model=model, cause=cause, nano_usd=nano_usd)
-        if self.on_booked is not None:
+        for watcher in self.watchers:
             for total in booked.spent:
-                self.on_booked(*total)
+                watcher.booked(*total)
 
     async def _book_spared(self) -> None:
         more = True

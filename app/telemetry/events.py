@@ -97,6 +97,9 @@ class Telemetry:
         )
         self.cache_rejected = counter("cache_rejected", "Values that were not what was put there", "level")
         self.cache_dropped = counter("cache_writes_dropped", "Vectors that a level did not keep", "level", "reason")
+        self.budget_refusals = counter("budget_refusals", "Requests that a budget did not pay for", "tenant")
+        self.budget_alerts = counter("budget_alerts", "Parts of budgets that were spent", "tenant", "percent")
+        self.alert_deliveries = counter("alert_deliveries", "Calls of tenants' webhooks", "outcome")
         self.spent_usd = counter("spent_usd", "Money spent, as far as it is known", "tenant", "model", "cause")
 
     def watch(self, name: str, text: str, labels: tuple[str, ...], read: Callable[[], Reading]) -> None:
@@ -252,6 +255,21 @@ class Telemetry:
     def journal_changed(self, *, takes: bool, reason: str) -> None:
         """Nothing can be bought any more since it cannot be written down, or can be again."""
         self._event("journal.open" if takes else "journal.full", reason=reason)
+
+    def budget_refused(self, *, tenant: str) -> None:
+        """What is left of a budget does not pay for a request."""
+        self.budget_refusals.labels(tenant if tenant in self._tenants else "other").inc()
+
+    def budget_alerted(self, *, tenant: str, account: str, span: str, percent: int, budget: str) -> None:
+        """So much of a budget, in dollars, is spent in a day or month; told once, by one replica."""
+        self.budget_alerts.labels(tenant if tenant in self._tenants else "other", str(percent)).inc()
+        self._event("budget.alert", tenant=tenant, account=account, span=span, percent=percent, budget_usd=budget)
+
+    def alert_delivered(self, *, tenant: str, percent: int, attempts: int, outcome: str) -> None:
+        """A tenant's webhook was told of an alert, or did not take it."""
+        self.alert_deliveries.labels("ok" if outcome == "ok" else "failed").inc()
+        self._event("alert.delivered" if outcome == "ok" else "alert.failed", tenant=tenant, percent=percent,
+                    attempts=attempts, outcome=outcome)  # fmt: skip
 
     def directory_changed(self, event: str, *, tenant: str, key: str) -> None:
         """An operator made, changed or ended a tenant, a project or a key (by its public id)."""

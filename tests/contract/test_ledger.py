@@ -270,7 +270,21 @@ class Books:
         self.journal = Journal(self.folder, replica, max_bytes=max_bytes)
         self.ledger = BookedLedger(self.journal, SqlLedger(database, replica), self.telemetry, ready=lambda: self.ready)
         self.totals: dict[tuple[str, str], int] = {}
-        self.ledger.on_booked = lambda account, span, nano_usd: self.totals.update({(account, span): nano_usd})
+        self.spent: dict[tuple[str, int], int] = {}
+        self.settled_of: list[str] = []
+        self.ledger.watchers.append(self)
+
+    def ended(self, account: str, day: int, nano_usd: int) -> None:
+        """See `Watcher`."""
+        self.spent[account, day] = self.spent.get((account, day), 0) + nano_usd
+
+    def booked(self, account: str, span: str, nano_usd: int) -> None:
+        """See `Watcher`."""
+        self.totals[account, span] = nano_usd
+
+    def settled(self, replica: str) -> None:
+        """See `Watcher`."""
+        self.settled_of.append(replica)
 
     def buy(self, name: str, how: End = "billed", tokens: int = 42, **more: Any) -> None:
         """One call from beginning to end."""
@@ -308,6 +322,7 @@ async def test_what_has_ended_is_soon_in_the_database(database: Database, tmp_pa
         assert opened.ledger.waiting == 2
         assert opened.ledger.unbooked("tenant search") == {DAY: 600, MONTH: 600}
         assert opened.ledger.unbooked("project search/web") == {DAY: 600, MONTH: 600}
+        assert {account: nano_usd for (account, _), nano_usd in opened.spent.items()}["tenant search"] == 600
         await until(lambda: opened.ledger.waiting == 0)
         assert opened.ledger.unbooked("tenant search") == {}
         assert opened.totals["key k1", DAY] == 600

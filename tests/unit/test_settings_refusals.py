@@ -174,7 +174,16 @@ WRONG_VALUES = [
         "2",
         "tenants.t.api_key: the key is empty or has characters that an HTTP header cannot carry",
     ),
-    ('[tenants.t]\napi_key = "k"\nbudget_usd_per_day = 5', "3", "tenants.t.budget_usd_per_day: is not supported"),
+    (
+        '[tenants.t]\napi_key = "k"\nbudget_usd_per_day = 0.0000000005',
+        "3",
+        "tenants.t.budget_usd_per_day: must be dollars from 0 to 9000000 with at most 9 decimals",
+    ),
+    (
+        '[tenants.t]\napi_key = "k"\nwebhook_url = "ftp://x"',
+        "3",
+        "tenants.t.webhook_url: must be a URL such as https://example.com/hook, without credentials",
+    ),
     ('[stores]\nredis_url = "http://x"', "2", "stores.redis_url: must be a URL that begins with redis:// or rediss://"),
     ('[stores]\ndatabase_url = "mysql://x"', "2", "stores.database_url: must be a URL that begins with postgresql://"),
     ('[stores]\ndata_dirs = "x"', "2", "stores.data_dirs: unknown key; did you mean 'data_dir'?"),

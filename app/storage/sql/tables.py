@@ -147,6 +147,9 @@ uncertain: ColumnElement[bool] = literal_column("state IN ('estimated', 'unconfi
 left_open: ColumnElement[bool] = literal_column("state = 'begun'", Boolean)
 """Rows of the ledger that nobody has ended yet; spelt out for the same reason."""
 
+untold: ColumnElement[bool] = literal_column("delivered_at_ms IS NULL", Boolean)
+"""Rows of `alerts` that the tenant does not know of; spelt out like these."""
+
 ledger = Table(
     "ledger",
     metadata,
@@ -253,8 +256,10 @@ alerts = Table(
     Column("at_ms", BigInteger, nullable=False),
     Column("delivered_at_ms", BigInteger),
     Column("attempts", Integer, nullable=False),
+    Column("budget_nano_usd", BigInteger, nullable=False, server_default="0"),
+    Index("alerts_untold", "at_ms", postgresql_where=untold, sqlite_where=untold),
 )
-"""Which parts of which allowances were seen used up, and who was told."""
+"""Which parts of which budgets were seen spent, and whether the tenant was told, in how many attempts."""
 
 
 class NowMs(FunctionElement[int]):

@@ -1,0 +1,521 @@
+"""Hides how what replicas spend together is kept within allowances: set aside before a call, in the books after it."""
+
+import asyncio
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, Self
+
+import msgspec
+
+from app.errors import BudgetExhausted, EmbedgateError, InternalError, TryAgainLater
+from app.ports import Bounds
+from app.storage.redis_server import RedisServer, Script, StoreDown
+from app.storage.sql.database import DatabaseDown
+from app.storage.sql.entries import spans_of
+from app.telemetry import Telemetry
+
+TICK_S: Final = 1.0
+"""How often what others can use is given back, and what they should know is told."""
+
+_DAY_S = 86_400
+_IDLE_S = 60.0  # after so long without a request a tenant's figures are forgotten here
+_PATIENCE_S = 3.0  # the longest that a request waits for what others hold, or for what a server forgot
+_AGAIN_S = 0.25
+_RETURN_S = 1.5  # how long every replica goes on alone when the server is back, and tells it what it knows
+_CLOSE_S = 1.0
+_AT_ONCE, _TELL_S = 32, 0.1  # tenants told of at one moment, and for how long that is waited for
+_MOST_SETTLED = 64
+_UNKNOWN: Final = -1
+_SCRIPT = Script("budget")
+_MEMORY_AGE, _SINCE = Script("memory_age"), "eg:{memory}:since"
+_NOBODY_KNOWS = "What is left of your budget is not known. Please try again later."
+
+
+class Books(Protocol):
+    """What of the ledger budgets ask for."""
+
+    async def spent(self, accounts: Sequence[str], spans: Sequence[str]) -> Mapping[tuple[str, str], int]:
+        """See `SqlLedger.spent`."""
+
+
+class _Answer(msgspec.Struct):
+    """What `budget.lua` returns."""
+
+    absent: bool = False
+    late: bool = False
+    wait_us: float = 0
+    granted: Sequence[bool] = ()
+    short: Sequence[int] = ()
+    soon: Sequence[bool] = ()
+    spans: Sequence[tuple[int, int, int]] = ()
+
+
+@dataclass(slots=True, eq=False)
+class _Account:
+    """What this process has set aside of one, and lately did."""
+
+    name: str
+    aside: int = 0
+    lately: int = 0
+    pace: int = 0
+    spans: dict[str, "_Span"] = field(default_factory=dict)
+
+    @property
+    def wish(self) -> int:
+        """What it would like to have ahead: as much as it sets aside in two seconds."""
+        return 2 * (self.pace + self.lately)
+
+
+@dataclass(slots=True, eq=False)
+class _Span:
+    """A day or month of an account as this process sees it, in nano-USD.
+
+    `ended` is what ended here since it is looked after, and `most` what that and what is set aside may be together;
+    None: that has to be found out. `booked` is what SQL has of everybody; `left` what nobody had claimed when that was
+    last heard, and `held` what the others think of as this process' own. `alone`: a part of `left` was added to `most`.
+    """
+
+    account: _Account
+    name: str
+    allowance: int
+    ended: int = 0
+    most: int | None = None
+    booked: int | None = None
+    left: int | None = None
+    held: int = 0
+    alone: bool = False
+    read_at: float | None = None
+
+    @property
+    def taken(self) -> int:
+        """What ended here or is set aside."""
+        return self.ended + self.account.aside
+
+    def covers(self, nano_usd: int) -> bool:
+        """Whether so much more may be set aside without asking."""
+        return self.most is not None and self.taken + nano_usd <= self.most
+
+
+@dataclass(slots=True, eq=False)
+class _Claim:
+    """A wish to set something aside, for which somebody waits until `until` unless they `left`."""
+
+    bounds: Bounds
+    spans: Sequence[_Span]
+    nano_usd: int
+    until: float
+    answer: asyncio.Future[None]
+    left: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Purse:
+    """All accounts of a tenant; who asks for them asks alone, for all who wait."""
+
+    tenant: str
+    accounts: dict[str, _Account] = field(default_factory=dict)
+    waiting: list[_Claim] = field(default_factory=list)
+    asking: asyncio.Task[None] | None = None
+    used_at: float = 0.0
+
+    def spans(self) -> list[_Span]:
+        """All of them, in the order in which they came."""
+        return [span for account in self.accounts.values() for span in account.spans.values()]
+
+    def key(self, span: _Span) -> str:
+        """Where its state is; those of a tenant are in one slot of a cluster."""
+        return f"eg:{{budget {self.tenant.encode().hex()}}}:{span.name}:{span.account.name.encode().hex()}"
+
+
+class SharedBudgets:
+    """The `Budgets` over `books`, shared through `server`; without one this process has them to itself.
+
+    An async context manager that owns its tasks; to be entered before the ledger, so that it is closed after it.
+
+    A replica asks for what a request may cost, and under load for what the next second may, so that most requests ask
+    nobody; what it did not need it gives back every second. While the server cannot be asked each replica may spend
+    what was left when it last heard, divided by `max_replicas`. A server that lost its memory is told by every replica
+    what it holds, and by SQL what was spent, before it grants anything.
+
+    `unbooked` says what of an account ended here and is perhaps not in SQL; `on_exhausted` hears of accounts and spans
+    that refused. `ready`: whether `books` are ours to ask by now. `clock` is Unix seconds.
+    """
+
+    def __init__(
+        self, books: Books, telemetry: Telemetry, *, ready: Callable[[], bool] = lambda: True,
+        server: RedisServer | None = None, replica: str = "", max_replicas: int = 1,
+        clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self.unbooked: Callable[[str], Mapping[str, int]] = lambda _: {}
+        self.on_exhausted: Callable[[str, str], None] | None = None
+        self._books = books
+        self._telemetry = telemetry
+        self._ready = ready
+        self._server = server
+        self._replica = replica
+        self._parts = max_replicas if server is not None else 1
+        self._clock = clock
+        self._serials = itertools.count(1)
+        self._settled: deque[str] = deque(maxlen=_MOST_SETTLED)
+        self._purses: dict[str, _Purse] = {}
+        self._accounts: dict[str, _Account] = {}
+        self._tasks = asyncio.TaskGroup()
+        self._ticking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        self._ticking = self._tasks.create_task(self._tick(), name="budgets")
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        if self._ticking is not None:
+            self._ticking.cancel()
+        for account in self._accounts.values():
+            account.pace = account.lately = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                await self._tell()
+        await self._tasks.__aexit__(None, None, None)
+
+    # ── the port ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def reserve(self, bounds: Bounds, nano_usd: int, *, within_s: float) -> None:
+        """See `ports.Budgets`."""
+        purse = self._purse(bounds.tenant)
+        spans = self._spans(purse, bounds, within_s)
+        if purse.asking is None and all(span.covers(nano_usd) for span in spans):
+            self._set_aside(bounds, nano_usd)
+            return
+        now = self._now()
+        claim = _Claim(bounds, spans, nano_usd, now + min(within_s, _PATIENCE_S), _future())
+        purse.waiting.append(claim)
+        if purse.asking is None:
+            purse.asking = self._tasks.create_task(self._serve(purse, tells=False))
+        try:
+            await asyncio.shield(claim.answer)
+        except asyncio.CancelledError:
+            claim.left = True
+            if claim.answer.done() and claim.answer.exception() is None:
+                self.release(bounds, nano_usd)
+            raise
+
+    def release(self, bounds: Bounds, nano_usd: int) -> None:
+        """See `ports.Budgets`."""
+        for name, _ in bounds.allowances:
+            self._accounts[name].aside -= nano_usd
+
+    def _set_aside(self, bounds: Bounds, nano_usd: int) -> None:
+        for name, _ in bounds.allowances:
+            account = self._accounts[name]
+            account.aside += nano_usd
+            account.lately += nano_usd
+
+    # ── what the ledger tells ───────────────────────────────────────────────────────────────────────────────────────
+
+    def ended(self, account: str, day: int, nano_usd: int) -> None:
+        """See `ledger.Watcher`."""
+        known = self._accounts.get(account)
+        for name in spans_of(day) if known is not None else ():
+            if known is not None and (span := known.spans.get(name)) is not None:
+                span.ended += nano_usd
+
+    def booked(self, account: str, span: str, nano_usd: int) -> None:
+        """See `ledger.Watcher`."""
+        known = self._accounts.get(account)
+        found = known.spans.get(span) if known is not None else None
+        if found is not None:
+            found.booked = max(found.booked or 0, nano_usd)
+            if self._server is None and found.most is not None:
+                self._have(found)
+
+    def settled(self, replica: str) -> None:
+        """See `ledger.Watcher`."""
+        self._settled.append(replica)
+
+    # ── figures ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _purse(self, tenant: str) -> _Purse:
+        purse = self._purses.get(tenant)
+        if purse is None:
+            purse = self._purses[tenant] = _Purse(tenant)
+        purse.used_at = self._now()
+        return purse
+
+    def _spans(self, purse: _Purse, bounds: Bounds, within_s: float) -> list[_Span]:
+        """The days and months that a call may fall into which leaves within `within_s`."""
+        now_s = self._clock()
+        first, last = int(now_s // _DAY_S), int((now_s + within_s) // _DAY_S)
+        found = []
+        for name, allowance in bounds.allowances:
+            account = self._accounts.get(name)
+            if account is None:
+                account = self._accounts[name] = purse.accounts[name] = _Account(name)
+            for day in (first,) if first == last else (first, last):
+                for span_name, most in zip(spans_of(day), (allowance.per_day, allowance.per_month), strict=True):
+                    if most is not None:
+                        found.append(_span(account, span_name, most))
+        return found if first == last else list(dict.fromkeys(found))
+
+    def _unbooked(self, span: _Span) -> int:
+        return self.unbooked(span.account.name).get(span.name, 0)
+
+    def _have(self, span: _Span) -> None:
+        """All that is left of the span is this process' own: who has nobody to share with."""
+        span.most = span.ended + span.allowance - (span.booked or 0) - self._unbooked(span)
+
+    # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _serve(self, purse: _Purse, *, tells: bool) -> None:
+        """Answers all who wait, those who come meanwhile too; before that it `tells` what this replica holds."""
+        try:
+            if tells:
+                with suppress(StoreDown):
+                    await self._tell_of(purse)
+            while purse.waiting:
+                if wait_s := await self._decide(purse):
+                    await asyncio.sleep(wait_s)
+        except Exception as bug:  # supervision is for the errors that nobody thought of
+            self._telemetry.loop_crashed(loop="budgets", error=bug)
+            for claim in purse.waiting:
+                _refuse(claim, InternalError())
+            purse.waiting.clear()
+        finally:
+            purse.asking = None
+
+    async def _decide(self, purse: _Purse) -> float:
+        """One answer to those who wait now; for how long the rest must."""
+        claims = [claim for claim in purse.waiting if not claim.left]
+        wait_s = 0.0
+        if claims:
+            began = time.monotonic()
+            await self._read([span for claim in claims for span in claim.spans], self._since)
+            answer = await self._shared(purse, claims, began) if self._is_shared else None
+            if answer is None:
+                self._decide_alone(claims)
+            else:
+                wait_s = self._follow(purse, claims, answer)
+        purse.waiting = [claim for claim in purse.waiting if not (claim.left or claim.answer.done())]
+        return wait_s
+
+    def _grant(self, claim: _Claim) -> None:
+        if not claim.left:
+            self._set_aside(claim.bounds, claim.nano_usd)
+            claim.answer.set_result(None)
+
+    def _exhausted(self, claim: _Claim, span: _Span) -> None:
+        self._telemetry.budget_refused(tenant=claim.bounds.tenant)
+        if self.on_exhausted is not None:
+            self.on_exhausted(span.account.name, span.name)
+        _refuse(claim, BudgetExhausted(span.account.name, span.name))
+
+    @property
+    def _since(self) -> float:
+        """What SQL said before then may be less than others booked while they told nobody."""
+        return self._server.up_since if self._server is not None else -math.inf
+
+    async def _read(self, spans: Sequence[_Span], since: float) -> bool:
+        """Asks SQL for what it has of the spans about which it was not asked since; whether all is known now."""
+        unread = [span for span in spans if span.read_at is None or span.read_at < since]
+        if not unread:
+            return True
+        if not self._ready():
+            return False
+        accounts, names = {span.account.name for span in unread}, {span.name for span in unread}
+        read_at = time.monotonic()
+        try:
+            found = await self._books.spent(sorted(accounts), sorted(names))
+        except DatabaseDown:
+            return False
+        for span in unread:
+            span.booked = max(span.booked or 0, found.get((span.account.name, span.name), 0))
+            span.read_at = read_at
+        return True
+
+    # ── together ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def _is_shared(self) -> bool:
+        server = self._server
+        return server is not None and server.up and time.monotonic() - server.up_since >= _RETURN_S
+
+    async def _shared(self, purse: _Purse, claims: Sequence[_Claim], began: float) -> _Answer | None:
+        """What the server says; None when it cannot be asked, or says nothing since nobody knows what was spent."""
+        with suppress(StoreDown):
+            return await self._ask(purse, _spans_of(claims), claims, began)
+        return None
+
+    async def _ask(
+        self, purse: _Purse, spans: Sequence[_Span], claims: Sequence[_Claim], began: float
+    ) -> _Answer:  # fmt: skip
+        """One step of `budget.lua`, after which `most` of these spans is as the server has it. Raises StoreDown.
+
+        A server that knows nothing is told what SQL says now: later than `began`.
+        """
+        server = self._server
+        assert server is not None  # noqa: S101 — who asks has looked
+        places = {span: number for number, span in enumerate(spans, 1)}
+        taken = [span.taken for span in spans]
+        own = [self._unbooked(span) + span.account.aside for span in spans]
+
+        def wishes() -> list[tuple[int, int, int, int]]:
+            booked = (_UNKNOWN if span.booked is None else span.booked for span in spans)
+            told = zip(spans, booked, own, strict=True)
+            return [(span.allowance, in_sql, mine, span.account.wish) for span, in_sql, mine in told]
+
+        ask = {
+            "replica": self._replica,
+            "serial": next(self._serials),
+            "parts": self._parts,
+            "settled": [*self._settled],
+            "age_us": _UNKNOWN,
+            "spans": wishes(),
+            "claims": [(claim.nano_usd, [places[span] for span in claim.spans]) for claim in claims],
+        }  # fmt: skip
+        keys = [purse.key(span) for span in spans]
+        answer = await _run(server, keys, ask)
+        if answer.absent and await self._read(spans, began):
+            ask["age_us"] = int(await server.run(_MEMORY_AGE, [_SINCE], []))
+            ask["spans"] = wishes()
+            answer = await _run(server, keys, ask)
+        if answer.absent or answer.late:
+            raise StoreDown("it does not know what was spent")
+        for span, before, mine, (held, left, booked) in zip(spans, taken, own, answer.spans, strict=True):
+            span.left, span.booked, span.held = left, max(span.booked or 0, booked), held
+            if self._is_shared or not span.alone:  # else the others go on alone, too
+                span.most, span.alone = before + held - mine, False
+        return answer
+
+    def _follow(self, purse: _Purse, claims: Sequence[_Claim], answer: _Answer) -> float:
+        """Tells those who wait what the server said; for how long the others should wait."""
+        now, wait_s = self._now(), answer.wait_us / 1e6
+        again_s = 0.0
+        spans = _spans_of(claims)
+        for claim, granted, short, soon in zip(claims, answer.granted, answer.short, answer.soon, strict=True):
+            if granted:
+                self._grant(claim)
+            elif wait_s:
+                again_s = wait_s
+                if now + wait_s > claim.until:
+                    _refuse(claim, TryAgainLater(_NOBODY_KNOWS, wait_s))
+            elif soon and now + _AGAIN_S <= claim.until:
+                again_s = max(again_s, _AGAIN_S)
+            else:
+                self._exhausted(claim, spans[short - 1])
+        return min(again_s, TICK_S)
+
+    # ── alone ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _decide_alone(self, claims: Sequence[_Claim]) -> None:
+        """Within this replica's part of what was left when that was last known."""
+        for claim in claims:
+            for span in claim.spans:
+                self._go_alone(span)
+            if any(span.most is None for span in claim.spans):
+                _refuse(claim, TryAgainLater(_NOBODY_KNOWS, 1.0))
+            elif short := [span for span in claim.spans if not span.covers(claim.nano_usd)]:
+                self._exhausted(claim, short[0])
+            else:
+                self._grant(claim)
+
+    def _go_alone(self, span: _Span) -> None:
+        if self._server is None:
+            if span.most is None and span.booked is not None:
+                self._have(span)
+        elif span.most is not None and span.left is not None and not span.alone:
+            span.most += max(0, span.left) // self._parts
+            span.alone = True
+        elif span.most is None and span.booked is not None:
+            left = span.allowance - span.booked - self._unbooked(span) - span.account.aside
+            span.most, span.alone = span.taken + max(0, left) // self._parts, True
+
+    # ── every second ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                for account in self._accounts.values():
+                    account.pace, account.lately = max(account.lately, account.pace // 2), 0
+                self._forget()
+                await self._tell()
+            except Exception as bug:
+                self._telemetry.loop_crashed(loop="budgets", error=bug)
+
+    async def _tell(self) -> None:
+        """Tells of every tenant what this replica holds, and gives back what it does not need; of a few at once."""
+        server = self._server
+        told = [purse for purse in self._purses.values() if any(span.held for span in purse.spans())]
+        for at in range(0, len(told), _AT_ONCE):
+            idle = [purse for purse in told[at : at + _AT_ONCE] if purse.asking is None]
+            if server is None or not server.up or not idle:
+                continue
+            for purse in idle:
+                purse.asking = self._tasks.create_task(self._serve(purse, tells=True))
+            await asyncio.wait([purse.asking for purse in idle if purse.asking is not None], timeout=_TELL_S)
+
+    async def _tell_of(self, purse: _Purse) -> None:
+        spans = [span for span in purse.spans() if span.most is not None]
+        began = time.monotonic()
+        await self._read(spans, self._since)
+        await self._ask(purse, spans, (), began)
+
+    def _forget(self) -> None:
+        """Days that are over, and tenants who ask for nothing any more."""
+        today = int(self._clock() // _DAY_S)
+        current = {*spans_of(today), *spans_of(today + 1)}
+        for name, purse in [*self._purses.items()]:
+            for account in purse.accounts.values():
+                for over in account.spans.keys() - current:
+                    del account.spans[over]
+            if self._idle(purse):
+                del self._purses[name]
+                for account_name in purse.accounts:
+                    del self._accounts[account_name]
+
+    def _idle(self, purse: _Purse) -> bool:
+        if purse.asking is not None or self._now() - purse.used_at < _IDLE_S:
+            return False
+        busy = any(account.aside or self.unbooked(account.name) for account in purse.accounts.values())
+        return not busy and not any(span.held for span in purse.spans())
+
+
+def _spans_of(claims: Sequence[_Claim]) -> list[_Span]:
+    return list(dict.fromkeys(span for claim in claims for span in claim.spans))
+
+
+def _span(account: _Account, name: str, allowance: int) -> _Span:
+    """What is known of it; what was found out holds for the allowance that it had then."""
+    span = account.spans.get(name)
+    if span is None:
+        span = account.spans[name] = _Span(account, name, allowance)
+    elif span.allowance != allowance:
+        span.allowance, span.most = allowance, None
+    return span
+
+
+async def _run(server: RedisServer, keys: Sequence[str], ask: Mapping[str, Any]) -> _Answer:
+    """Raises StoreDown, also where the server did not take it well: going on alone is better than not at all."""
+    try:
+        return msgspec.msgpack.decode(await server.run(_SCRIPT, keys, [msgspec.msgpack.encode(ask)]), type=_Answer)
+    except StoreDown:
+        raise
+    except Exception as bug:
+        raise StoreDown(type(bug).__name__) from bug
+
+
+def _future() -> asyncio.Future[None]:
+    return asyncio.get_running_loop().create_future()
+
+
+def _refuse(claim: _Claim, error: EmbedgateError) -> None:
+    """Whoever left does not hear of it."""
+    if not claim.left:
+        claim.answer.set_exception(error)
