@@ -98,6 +98,7 @@ class Stores:
             self.budgets = await stack.enter_async_context(self._budgets())
             self.ledger = await stack.enter_async_context(self._ledger())
             self.budgets.unbooked = self.ledger.unbooked
+            self.budgets.ready = lambda: self._prepared and self.ledger.caught_up
             self.ledger.watchers.append(self.budgets)
             self._watch()
             self._background.append(self._tasks.create_task(self._tend(preparing), name="stores"))
@@ -202,7 +203,6 @@ class Stores:
         return SharedBudgets(
             SqlLedger(self.database, self.replica),
             self._telemetry,
-            ready=lambda: self._prepared,
             server=self._redis,
             replica=self.replica,
             max_replicas=self._settings.stores.max_replicas,

@@ -24,7 +24,7 @@ TICK_S: Final = 1.0
 
 _DAY_S = 86_400
 _IDLE_S = 60.0  # after so long without a request a tenant's figures are forgotten here
-_PATIENCE_S = 3.0  # the longest that a request waits for what others hold, or for what a server forgot
+_PATIENCE_S = 4.0  # the longest that a request waits for what others hold, or for what a server forgot
 _AGAIN_S = 0.25
 _RETURN_S = 1.5  # how long every replica goes on alone when the server is back, and tells it what it knows
 _CLOSE_S = 1.0
@@ -96,9 +96,10 @@ class _Span:
         """What ended here or is set aside."""
         return self.ended + self.account.aside
 
-    def covers(self, nano_usd: int) -> bool:
-        """Whether so much more may be set aside without asking."""
-        return self.most is not None and self.taken + nano_usd <= self.most
+    @property
+    def room(self) -> int:
+        """How much more may be set aside without asking."""
+        return 0 if self.most is None else max(0, self.most - self.taken)
 
 
 @dataclass(slots=True, eq=False)
@@ -143,19 +144,19 @@ class SharedBudgets:
     what it holds, and by SQL what was spent, before it grants anything.
 
     `unbooked` says what of an account ended here and is perhaps not in SQL; `on_exhausted` hears of accounts and spans
-    that refused. `ready`: whether `books` are ours to ask by now. `clock` is Unix seconds.
+    that refused. `ready`: whether `books` know by now what was spent before this process came; so long, those wait who
+    ask. `clock` is Unix seconds.
     """
 
     def __init__(
-        self, books: Books, telemetry: Telemetry, *, ready: Callable[[], bool] = lambda: True,
-        server: RedisServer | None = None, replica: str = "", max_replicas: int = 1,
-        clock: Callable[[], float] = time.time,
+        self, books: Books, telemetry: Telemetry, *, server: RedisServer | None = None, replica: str = "",
+        max_replicas: int = 1, clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self.unbooked: Callable[[str], Mapping[str, int]] = lambda _: {}
+        self.ready: Callable[[], bool] = lambda: True
         self.on_exhausted: Callable[[str, str], None] | None = None
         self._books = books
         self._telemetry = telemetry
-        self._ready = ready
         self._server = server
         self._replica = replica
         self._parts = max_replicas if server is not None else 1
@@ -188,7 +189,7 @@ class SharedBudgets:
         """See `ports.Budgets`."""
         purse = self._purse(bounds.tenant)
         spans = self._spans(purse, bounds, within_s)
-        if purse.asking is None and all(span.covers(nano_usd) for span in spans):
+        if purse.asking is None and all(self._covers(span, nano_usd) for span in spans):
             self._set_aside(bounds, nano_usd)
             return
         now = self._now()
@@ -267,6 +268,15 @@ class SharedBudgets:
     def _unbooked(self, span: _Span) -> int:
         return self.unbooked(span.account.name).get(span.name, 0)
 
+    def _covers(self, span: _Span, nano_usd: int) -> bool:
+        """What was had while alone is nobody's own any more when all share again."""
+        return nano_usd <= span.room and not (span.alone and self._is_shared)
+
+    def _own(self, span: _Span) -> int:
+        """What the others have to leave to this process: while it goes on alone all that it may then spend."""
+        alone = span.room if span.alone and not self._is_shared else 0
+        return self._unbooked(span) + span.account.aside + alone
+
     def _have(self, span: _Span) -> None:
         """All that is left of the span is this process' own: who has nobody to share with."""
         span.most = span.ended + span.allowance - (span.booked or 0) - self._unbooked(span)
@@ -298,10 +308,7 @@ class SharedBudgets:
             began = time.monotonic()
             await self._read([span for claim in claims for span in claim.spans], self._since)
             answer = await self._shared(purse, claims, began) if self._is_shared else None
-            if answer is None:
-                self._decide_alone(claims)
-            else:
-                wait_s = self._follow(purse, claims, answer)
+            wait_s = self._decide_alone(claims) if answer is None else self._follow(purse, claims, answer)
         purse.waiting = [claim for claim in purse.waiting if not (claim.left or claim.answer.done())]
         return wait_s
 
@@ -326,7 +333,7 @@ class SharedBudgets:
         unread = [span for span in spans if span.read_at is None or span.read_at < since]
         if not unread:
             return True
-        if not self._ready():
+        if not self.ready():
             return False
         accounts, names = {span.account.name for span in unread}, {span.name for span in unread}
         read_at = time.monotonic()
@@ -363,7 +370,7 @@ class SharedBudgets:
         assert server is not None  # noqa: S101 — who asks has looked
         places = {span: number for number, span in enumerate(spans, 1)}
         taken = [span.taken for span in spans]
-        own = [self._unbooked(span) + span.account.aside for span in spans]
+        own = [self._own(span) for span in spans]
 
         def wishes() -> list[tuple[int, int, int, int]]:
             booked = (_UNKNOWN if span.booked is None else span.booked for span in spans)
@@ -413,17 +420,22 @@ class SharedBudgets:
 
     # ── alone ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _decide_alone(self, claims: Sequence[_Claim]) -> None:
-        """Within this replica's part of what was left when that was last known."""
+    def _decide_alone(self, claims: Sequence[_Claim]) -> float:
+        """Within this replica's part of what was left when that was last known; for how long the rest should wait."""
+        wait_s = 0.0
         for claim in claims:
             for span in claim.spans:
                 self._go_alone(span)
-            if any(span.most is None for span in claim.spans):
+            unknown = any(span.most is None for span in claim.spans)
+            if unknown and not self.ready() and self._now() + _AGAIN_S <= claim.until:
+                wait_s = _AGAIN_S
+            elif unknown:
                 _refuse(claim, TryAgainLater(_NOBODY_KNOWS, 1.0))
-            elif short := [span for span in claim.spans if not span.covers(claim.nano_usd)]:
+            elif short := [span for span in claim.spans if claim.nano_usd > span.room]:
                 self._exhausted(claim, short[0])
             else:
                 self._grant(claim)
+        return wait_s
 
     def _go_alone(self, span: _Span) -> None:
         if self._server is None:
@@ -452,7 +464,7 @@ class SharedBudgets:
     async def _tell(self) -> None:
         """Tells of every tenant what this replica holds, and gives back what it does not need; of a few at once."""
         server = self._server
-        told = [purse for purse in self._purses.values() if any(span.held for span in purse.spans())]
+        told = [purse for purse in self._purses.values() if self._holds(purse)]
         for at in range(0, len(told), _AT_ONCE):
             idle = [purse for purse in told[at : at + _AT_ONCE] if purse.asking is None]
             if server is None or not server.up or not idle:
@@ -483,8 +495,12 @@ class SharedBudgets:
     def _idle(self, purse: _Purse) -> bool:
         if purse.asking is not None or self._now() - purse.used_at < _IDLE_S:
             return False
+        return not self._holds(purse)
+
+    def _holds(self, purse: _Purse) -> bool:
+        """Whether the others have to leave something to this process, or think so."""
         busy = any(account.aside or self.unbooked(account.name) for account in purse.accounts.values())
-        return not busy and not any(span.held for span in purse.spans())
+        return busy or any(span.held or span.alone for span in purse.spans())
 
 
 def _spans_of(claims: Sequence[_Claim]) -> list[_Span]:

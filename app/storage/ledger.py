@@ -167,6 +167,9 @@ class BookedLedger:
     ) -> None:
         self.sql = sql
         self.watchers: list[Watcher] = []
+        self.caught_up = False
+        """Whether SQL knows what processes on this machine left that were gone when this one came."""
+        self._looked = False
         self._journal = journal
         self._telemetry = telemetry
         self._ready = ready
@@ -280,6 +283,7 @@ class BookedLedger:
             self._journal.catch_up()
             if self._ready():
                 await self._guarded(self._book_all)
+                self.caught_up |= self._looked and not self._inherited
             with suppress(TimeoutError):
                 async with asyncio.timeout(_DRAIN_S):
                     await self._closing.wait()
@@ -370,6 +374,7 @@ class BookedLedger:
         """Takes over the journals of processes on this machine that are gone."""
         records = await asyncio.to_thread(self._journal.inherit)
         self._inherited += [Backlog(record, gone=True) for record in records]
+        self._looked = True
 
     async def _sweep(self) -> None:
         booked = await self.sql.sweep()
