@@ -17,12 +17,16 @@ Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Wire:
-    """One HTTP exchange; `status` is what was answered, None before that."""
+    """One HTTP exchange; `status` is what was answered, None before that.
+
+    `answered` is the body of a whole answer whose caller was there for it.
+    """
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
         self.status: int | None = None
+        self.answered: bytes | None = None
 
     async def body(self) -> bytes:
         """The whole request body."""
@@ -48,6 +52,8 @@ class Wire:
         """Sends a whole answer."""
         await self.start(status, headers, len(content))
         await self.write(content, last=True)
+        if not self._send.__self__.disconnected:  # type: ignore[attr-defined]  # uvicorn's cycle
+            self.answered = content
 
     async def left(self) -> None:
         """Returns when the client has gone."""

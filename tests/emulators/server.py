@@ -62,6 +62,19 @@ class Bill:
 
 
 @dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of a call that was let in: whether it is on the bill, and whether its caller must know.
+
+    `heard`: whoever called was still there when all of a true answer was sent, or of a refusal.
+    """
+
+    items: int
+    tokens: int
+    paid: bool
+    heard: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """A call that was read and is legal: what it wants, and how it said so."""
 
@@ -79,7 +92,8 @@ class Emulator(ABC):
 
     A text's vector is its `identifying_vector` for its model and `full_width`, cut where another width is asked for.
     `port` 0 lets the system choose. `poison` texts are refused in any company. With `constant` every text gets one and
-    the same vector, and tokens are estimated: for load. A call is asked by POST and answered through `honour`.
+    the same vector, and tokens are estimated: for load. A call is asked by POST and answered through `honour`. What the
+    vendor's own batches cost is on another bill, `batch_bill`.
     """
 
     prefix: ClassVar[str] = "/v1"
@@ -100,6 +114,8 @@ class Emulator(ABC):
         self.poison: set[str] = set()
         self.arrivals: deque[Arrival] = deque(maxlen=100_000)
         self.bill = Bill()
+        self.batch_bill = Bill()
+        self.receipts: deque[Receipt] = deque(maxlen=100_000)
         self.judge = judge or Judge()
         self.base_url = ""
         self.port = 0
@@ -128,6 +144,11 @@ class Emulator(ABC):
     def connections(self) -> int:
         """How many clients are connected now."""
         return len(self._server_state.connections)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way; what it will have cost is not known before its end."""
+        return bool(self._server_state.tasks)
 
     # ── what a vendor says in its own way ───────────────────────────────────────────────────────────────────────────
 
@@ -180,6 +201,8 @@ class Emulator(ABC):
             body = await wire.body()
             if target == "GET /bill":
                 await wire.answer(200, orjson.dumps(self.bill), {})
+            elif target == "GET /batch_bill":
+                await wire.answer(200, orjson.dumps(self.batch_bill), {})
             else:
                 await self.route(wire, target, headers, body)
         except RefusalError as refusal:
@@ -205,19 +228,31 @@ class Emulator(ABC):
             self.judge.admit(self.requests(asked), asked.tokens)
         except OverLimit as over:
             raise self.over_limit(asked, over) from None
+        heard = False
+        try:
+            heard = await self._answer(wire, asked)
+        finally:
+            self._charge(asked, paid=wire.status == 200, heard=heard)
+
+    async def _answer(self, wire: Wire, asked: Asked) -> bool:
+        """Waits and answers; see `Receipt` for what it returns."""
         await asyncio.sleep(self.latency_s + asked.tokens * self.latency_per_token_s)
         texts: list[Text] = [""] * len(asked.texts) if self.constant else asked.texts
         rows = [(place, self._vector(asked.model, text, asked.width)) for place, text in enumerate(texts)]
-        if damage := _next(self._damages):
-            rows = damage(rows)
-        content = self.write(asked, rows)
+        damage = _next(self._damages)
+        content = self.write(asked, damage(rows) if damage else rows)
         if fault := _next(self._faults):
             await fault(wire, content)
         else:
             await wire.answer(200, content, self.stamp(asked))
-        if wire.status == 200:
+        return wire.answered is not None and (wire.status != 200 or (wire.answered is content and not damage))
+
+    def _charge(self, asked: Asked, *, paid: bool, heard: bool) -> None:
+        items = len(asked.texts)
+        self.receipts.append(Receipt(items, asked.tokens, paid, heard))
+        if paid:
             self.bill.requests += 1
-            self.bill.items += len(asked.texts)
+            self.bill.items += items
             self.bill.tokens += asked.tokens
 
     # ── listening ───────────────────────────────────────────────────────────────────────────────────────────────────

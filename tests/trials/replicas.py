@@ -23,7 +23,7 @@ from tests.emulators.server import Arrival
 from tests.identity import identifying_vector
 from tests.servers import ValkeyProcess
 from tests.tcp_proxy import TcpProxy
-from tests.trials.service import MODEL, WIDTH, deployment, model, p99
+from tests.trials.service import MODEL, WIDTH, close_books, deployment, model, p99
 
 T = TypeVar("T")
 
@@ -54,7 +54,10 @@ class Stage:
 async def stage(
     path: Path, database_url: str, judge: Judge, quota: str = "", *, more: str = ""
 ) -> AsyncIterator[Stage]:  # fmt: skip
-    """Three replicas with one deployment, of this `quota`, whose provider is held by `judge`; see `replicas`."""
+    """Three replicas with one deployment, of this `quota`, whose provider is held by `judge`; see `replicas`.
+
+    When they have stopped, their books are closed against the provider's bill.
+    """
     async with AsyncExitStack() as stack:
         valkey = stack.enter_context(ValkeyProcess())
         proxy = await stack.enter_async_context(TcpProxy(valkey.port))
@@ -63,6 +66,8 @@ async def stage(
         served = deployment("only", emulator.base_url, quota) + model("only") + more
         async with replicas(path, served, redis_url=redis_url, database_url=database_url) as urls:
             yield Stage(valkey, proxy, emulator, urls, stack)
+        journals = Path(f"{path}.data", "journal")
+        await close_books(path.name, database_url, {"only": emulator}, journals=journals, replicas=len(urls))
 
 
 def per_minute(requests: int, tokens: int) -> str:

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +12,16 @@ import aiohttp
 import numpy as np
 
 from tests.bench.processes import server
+from tests.books import Vendor, balance
+from tests.emulators.server import Emulator
 from tests.identity import identifying_vector
 
 MODEL, WIDTH = "text-embedding-3-small", 1536
 KEY = "trial-key"
+USD = "0.1337"
+"""What a million tokens cost at every deployment."""
+IN_FLIGHT = 8
+"""As many calls one replica makes at once to a deployment that does not say how many."""
 
 
 @dataclass(slots=True)
@@ -71,20 +77,34 @@ class Load:
 
 
 @asynccontextmanager
-async def service(folder: Path, configuration: str) -> AsyncIterator[str]:
-    """The URL, without path, of a service with this configuration."""
+async def service(folder: Path, configuration: str, vendors: Mapping[str, Emulator]) -> AsyncIterator[str]:
+    """The URL, without path, of a service with this configuration; its books are closed against the vendors' bills."""
     path = folder / "embedgate.toml"
     head = f"[server]\nlog_file = '{folder}/log.jsonl'\n[stores]\ndata_dir = '{folder}/data'\n"
     path.write_text(f"{head}[tenants.trial]\napi_key = '{KEY}'\n{configuration}")
     async with server("app", "serve", "--port", "{port}", "--config", str(path), cores=[]) as running:
         yield f"http://127.0.0.1:{running.port}"
+    journals = folder / "data" / "journal"
+    await close_books("the service", f"sqlite:///{folder}/data/embedgate.db", vendors, journals=journals)
+
+
+async def close_books(
+    name: str, database_url: str, vendors: Mapping[str, Emulator], *, journals: Path | None = None, replicas: int = 1
+) -> None:
+    """Proves and prints what is in the ledger of a service that has stopped; `vendors` by deployment.
+
+    `name` is for people; see `balance` for `journals`.
+    """
+    priced = {deployment: Vendor(emulator, USD) for deployment, emulator in vendors.items()}
+    books = await balance(database_url, priced, journals=journals, in_flight=replicas * IN_FLIGHT)
+    print(f"\nledger of {name}: {books}")
 
 
 def deployment(name: str, base_url: str, more: str = "") -> str:
     """The configuration of a deployment at an emulator."""
     return (
         f"[deployments.{name}]\ndialect = 'openai'\nbase_url = '{base_url}'\napi_key = 'sk-emulator-key'\n"
-        f"model = '{MODEL}'\n{more}\n"
+        f"model = '{MODEL}'\nusd_per_million_tokens = {USD}\n{more}\n"
     )
 
 

@@ -26,7 +26,8 @@ async def test_the_primary_goes_and_comes_back(tmp_path: Path, name: str) -> Non
     """60 s at 100 requests a second on the fallback, then back."""
     async with OpenAIEmulator(latency_s=0.05) as primary, OpenAIEmulator(latency_s=0.05) as second:
         configuration = deployment("primary", primary.base_url) + deployment("second", second.base_url)
-        async with service(tmp_path, configuration + model("primary", "second")) as url:
+        vendors = {"primary": primary, "second": second}
+        async with service(tmp_path, configuration + model(*vendors), vendors) as url:
             load = Load(url, per_second=100, deadline_s=DEADLINE_S)
             await load.run(CALM_S)
             assert {outcome.deployment for outcome in load.outcomes} == {"primary"}

@@ -29,7 +29,7 @@ async def test_an_outage_is_told_at_once_and_ends_by_itself(tmp_path: Path) -> N
     async with OpenAIEmulator() as one, OpenAIEmulator() as other:
         configuration = deployment("one", one.base_url, OPEN) + deployment("other", other.base_url, OPEN)
         async with (
-            service(tmp_path, configuration + model("one", "other")) as url,
+            service(tmp_path, configuration + model("one", "other"), {"one": one, "other": other}) as url,
             httpx.AsyncClient(base_url=url, timeout=20) as http,
         ):
             await ask(http, "kept", 5000)

@@ -16,7 +16,8 @@ import pytest
 import pytest_asyncio
 import redis
 
-from tests.bench.processes import server, upstream
+from tests.bench.processes import read, server, upstream
+from tests.books import calls_in
 from tests.emulators.judge import Judge
 from tests.emulators.openai import OpenAIEmulator
 from tests.servers import HOST, PostgresProcess, ValkeyProcess
@@ -211,9 +212,11 @@ async def test_a_large_request_is_not_slowed(tmp_path: Path, postgres: PostgresP
         served = [deployment(name, f"http://127.0.0.1:{stand_in.port}/v1", quota) for name, quota in quotas.items()]
         served += [f"[models.{name}]\ndeployments = ['{name}']\ncanary_interval_s = 0" for name in quotas]
         stores = {"redis_url": valkey.url, "database_url": postgres.new_database()}
-        (url,) = await stack.enter_async_context(replicas(tmp_path / "large", "\n".join(served), **stores, count=1))
-        http = await stack.enter_async_context(session())
-        await asyncio.sleep(30.0)  # a new limiter's quota is earned first: by now half a million is free
-        took_s = {name: await large_s(http, url, name) for name in ("free", "limited", "free")}
-    print(f"\n300,000 tokens: {took_s['limited']:.2f} s, without limits {took_s['free']:.2f} s")
+        async with replicas(tmp_path / "large", "\n".join(served), **stores, count=1) as (url,), session() as http:
+            await asyncio.sleep(30.0)  # a new limiter's quota is earned first: by now half a million is free
+            took_s = {name: await large_s(http, url, name) for name in ("free", "limited", "free")}
+        bill = (await read(stand_in, "/bill")).json()
+    calls = await calls_in(stores["database_url"])
+    print(f"\n300,000 tokens: {took_s['limited']:.2f} s, without limits {took_s['free']:.2f} s; bill: {bill}")
+    assert (len(calls), sum(call.tokens for call in calls)) == (bill["requests"], bill["tokens"])
     assert took_s["limited"] <= 1.05 * took_s["free"] + 0.2

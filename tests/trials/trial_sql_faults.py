@@ -35,7 +35,7 @@ from tests.trials.replicas import (
     stage,
     through,
 )
-from tests.trials.service import deployment, model
+from tests.trials.service import close_books, deployment, model
 
 FAULT_S = 10.0
 NEW_PER_S, KEPT_PER_S = 40.0, 20.0
@@ -221,4 +221,6 @@ async def test_ten_replicas_start_at_once(tmp_path: Path, valkey: ValkeyProcess,
                 async with http.get(f"{url}/readyz") as ready:
                     assert ready.status == 200
             answers = [await ask(http, url, f"text for {url}") for url in urls]
+        journals = tmp_path / "ten.data" / "journal"
+        await close_books("ten", stores["database_url"], {"only": emulator}, journals=journals, replicas=len(urls))
     assert all(answer.right for answer in answers)
