@@ -25,7 +25,9 @@ PERCENTS: Final = (50, 80, 100)
 
 _LOOK_S, _TRIM_LOOKS, _KEEP_DAYS = 5.0, 720, 400
 _WITHIN_S = 5.0
-_MOST_RAISED = 100_000
+_AT_ONCE = 32  # tenants that are told at one moment
+_DOUBT_S = 60.0  # so long after a refusal the books may show that it was the end
+_MOST_RAISED, _MOST_REFUSED = 100_000, 1000
 
 
 class Terms(Protocol):
@@ -44,8 +46,9 @@ class Alerts:
 
     Of all replicas the one that writes an alert down first tells the log and the metrics of it. The webhook is called
     until it answers 2xx, at the times of `AGAIN_S`, by whichever replica is there; so it may hear twice, and tells by
-    the id. Messages are as Standard Webhooks has them, see `webhook_secret`. `terms` finds what an account may spend;
-    `ready`: whether the database is ours to ask by now.
+    the id. A tenant hears of one after the other, and whoever is slow keeps nobody else waiting. Messages are as
+    Standard Webhooks has them, see `webhook_secret`. `terms` finds what an account may spend; `ready`: whether the
+    database is ours to ask by now.
     """
 
     def __init__(
@@ -58,9 +61,12 @@ class Alerts:
         self._telemetry = telemetry
         self._terms = terms
         self._raised: dict[tuple[str, str], tuple[int, int]] = {}  # the budget, and how much of it was told
+        self._refused: dict[tuple[str, str], float] = {}  # until when it matters
         self._waiting: dict[tuple[str, str, int], int] = {}  # the budget
+        self._telling: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
-        self._client: httpx.AsyncClient | None = None
+        # Without the client around it, which logs URLs, and whose redirects and cookies nobody wants.
+        self._caller: httpx.AsyncHTTPTransport | None = None
         self._tasks = asyncio.TaskGroup()
         self._following: asyncio.Task[None] | None = None
 
@@ -70,11 +76,11 @@ class Alerts:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if self._following is not None:
-            self._following.cancel()
+        for task in filter(None, (self._following, *self._telling.values())):
+            task.cancel()  # what was not taken is told again
         await self._tasks.__aexit__(None, None, None)
-        if self._client is not None:
-            await self._client.aclose()
+        if self._caller is not None:
+            await self._caller.aclose()
 
     # ── what the ledger and the budgets tell ────────────────────────────────────────────────────────────────────────
 
@@ -84,17 +90,21 @@ class Alerts:
     def booked(self, account: str, span: str, nano_usd: int) -> None:
         """See `ledger.Watcher`."""
         budget = self._budget(account, span)
-        if budget is not None and 100 * nano_usd >= PERCENTS[0] * budget:
+        if budget is not None:
             self._raise(account, span, budget, nano_usd)
 
     def settled(self, replica: str) -> None:
         """See `ledger.Watcher`."""
 
     def exhausted(self, account: str, span: str) -> None:
-        """What is left did not pay for a request."""
+        """What is left did not pay for a request: if most is spent, what is left counts as spent.
+
+        Else it was the request that was large, or what was set aside comes back.
+        """
         budget = self._budget(account, span)
-        if budget is not None:
-            self._raise(account, span, budget, budget)
+        told = self._raised.get((account, span)) == (budget, PERCENTS[-1])
+        if budget is not None and not told and len(self._refused) < _MOST_REFUSED:
+            self._refused.setdefault((account, span), asyncio.get_running_loop().time() + _DOUBT_S)
 
     def _budget(self, account: str, span: str) -> int | None:
         terms = self._terms(account)
@@ -131,11 +141,23 @@ class Alerts:
             self._wake.clear()
 
     async def _look(self, *, trims: bool) -> None:
+        if self._refused:
+            await self._judge()
         await self._begin()
-        for alert in await self._sql.due():
-            self._tasks.create_task(self._deliver(alert))
+        await self._tell()
         if trims:
             await self._sql.trim(_KEEP_DAYS)
+
+    async def _judge(self) -> None:
+        """Finds out for whom a refusal was the end of the budget."""
+        spent, now = await self._sql.spent([*self._refused]), asyncio.get_running_loop().time()
+        for (account, span), until in [*self._refused.items()]:
+            budget = self._budget(account, span)
+            ends = budget is not None and 100 * spent.get((account, span), 0) >= PERCENTS[-2] * budget
+            if budget is not None and ends:
+                self._raise(account, span, budget, budget)
+            if budget is None or ends or until < now:
+                del self._refused[account, span]
 
     async def _begin(self) -> None:
         """Writes down what nobody else has, and tells of it."""
@@ -148,38 +170,67 @@ class Alerts:
                 self._telemetry.budget_alerted(
                     tenant=terms.tenant, account=account, span=span, percent=percent, budget=money.usd(budget)
                 )
-            del self._waiting[account, span, percent]
+            if self._waiting[account, span, percent] == budget:  # else it was raised meanwhile
+                del self._waiting[account, span, percent]
 
-    async def _deliver(self, alert: Alert) -> None:
+    async def _tell(self) -> None:
+        """Begins to deliver what is due, as far as there is room."""
+        first: dict[str, Alert] = {}
+        for alert in await self._sql.due():
+            first.setdefault(self._whom(alert), alert)
+        idle = [alert for whom, alert in first.items() if whom not in self._telling]
+        wanted = idle[: _AT_ONCE - len(self._telling)]
+        if not wanted:
+            return
+        if self._caller is None:
+            self._caller = await asyncio.to_thread(httpx.AsyncHTTPTransport, trust_env=False)  # reads all certificates
+        caller = self._caller
+        for alert in await self._sql.claim(wanted):
+            whom = self._whom(alert)
+            self._telling[whom] = self._tasks.create_task(self._deliver(caller, whom, alert))
+
+    def _whom(self, alert: Alert) -> str:
+        """Who hears of it; of one account only, if it is not known whose."""
+        terms = self._terms(alert.account)
+        return alert.account if terms is None else terms.tenant
+
+    async def _deliver(self, caller: httpx.AsyncBaseTransport, whom: str, alert: Alert) -> None:
         """One attempt; never raises."""
-        terms, outcome = self._terms(alert.account), "nobody to tell"
         try:
-            if terms is not None and terms.webhook_url:
-                outcome = await self._post(terms, alert)
-            if outcome in {"ok", "nobody to tell"}:
-                await self._sql.delivered(alert)
+            await self._attempt(caller, alert)
         except LevelDown:
-            outcome = "not written down"
+            pass  # it is told again
         except Exception as bug:
-            outcome = "a bug"
             self._telemetry.loop_crashed(loop="alerts", error=bug)
-        if terms is not None:
+        finally:
+            self._telling.pop(whom, None)
+            self._wake.set()  # there may be another for them
+
+    async def _attempt(self, caller: httpx.AsyncBaseTransport, alert: Alert) -> None:
+        terms = self._terms(alert.account)
+        if terms is None:
+            return  # nobody's any more, or of somebody whom this replica does not know yet
+        if terms.webhook_url:
+            body = _body(terms, alert)
+            outcome = await _post(caller, terms.webhook_url, body, _headers(self._secret, terms.tenant, alert, body))
             self._telemetry.alert_delivered(
                 tenant=terms.tenant, percent=alert.percent, attempts=alert.attempts, outcome=outcome
             )
+            if outcome != "ok":
+                return
+        await self._sql.delivered(alert)
 
-    async def _post(self, terms: Terms, alert: Alert) -> str:
-        """What became of it, without a word of theirs."""
-        if self._client is None:
-            self._client = httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=_WITHIN_S)
-        body = _body(terms, alert)
-        try:
-            async with asyncio.timeout(_WITHIN_S):
-                headers = _headers(self._secret, terms.tenant, alert, body)
-                async with self._client.stream("POST", terms.webhook_url, content=body, headers=headers) as response:
-                    return "ok" if response.is_success else f"HTTP {response.status_code}"
-        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, OSError) as error:
-            return type(error).__name__
+
+async def _post(caller: httpx.AsyncBaseTransport, url: str, body: bytes, headers: Mapping[str, str]) -> str:
+    """What became of it, without a word of theirs."""
+    try:
+        request = httpx.Request("POST", url, content=body, headers=headers)
+        async with asyncio.timeout(_WITHIN_S):
+            response = await caller.handle_async_request(request)
+            await response.aclose()
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:  # ValueError: a host that is no name
+        return type(error).__name__
+    return "ok" if response.is_success else f"HTTP {response.status_code}"
 
 
 def webhook_secret(secret: MasterSecret, tenant: str) -> str:

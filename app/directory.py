@@ -97,6 +97,8 @@ class Directory:
         self._read_s = clock()
         self.keyed = False
         """Whether a key was ever made for a tenant."""
+        self.operated = False
+        """Whether one was ever made for operators, of no tenant; ending it opens nothing again."""
         self._tenants: dict[str, Tenant] = {}
         self._projects: dict[tuple[str, str], Allowance] = {}
         self._keys: dict[str, _Entry] = {}
@@ -133,11 +135,6 @@ class Directory:
         """How many tenants are known that are not configured."""
         return len(self._tenants)
 
-    @property
-    def operated(self) -> bool:
-        """Whether there is a key of no tenant, made for operators."""
-        return bool(self._keys_of.get(""))
-
     def find(self, key: bytes) -> Caller | None:
         """Who calls with `key`. For an unknown key no less is done than for a wrong secret of a known one."""
         entry = self._keys.get(public_id(key), self._nobody)
@@ -148,6 +145,18 @@ class Directory:
         if caller is None or (caller.expires_at_ms is not None and caller.expires_at_ms <= self._now_ms()):
             return None
         return caller
+
+    def owner(self, tenant: str, key: str) -> Caller | None:
+        """Whom the tenant's key with this public id stands for, "": one without an id; None: nobody any more.
+
+        A key that has run out since may no longer be shown, but what was begun with it is its owner's.
+        """
+        if not key:
+            configured = self._configured.get(tenant)
+            return Caller(configured) if configured else ANYBODY if tenant == ANONYMOUS.name else None
+        entry = self._keys.get(key)
+        caller = entry.caller if entry else None
+        return caller if caller is not None and caller.tenant.name == tenant else None
 
     def spender(self, caller: Caller, project: str, user: str) -> Spender:
         """On whose account `caller` buys for a project, unless its key names one, and a user of its own."""
@@ -240,6 +249,7 @@ class Directory:
             entry = self._keys[public]
             entry.caller = self._caller(entry.record)
         self.keyed |= news.keyed
+        self.operated |= news.operated
         self._version = news.version
 
     def _set_tenant(self, name: str, tenant: Tenant | None) -> None:

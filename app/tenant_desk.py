@@ -129,13 +129,7 @@ class TenantDesk:
 
     async def tenant(self, name: str) -> dict[str, Any]:
         """One of them, with its projects, and what they spent today and this month by UTC."""
-        if name in self._settings.tenants:
-            found = self._configured(name)
-        else:
-            record = await self._directory.tenant(name)
-            if record is None:
-                raise _no_tenant(name)
-            found = _tenant(record)
+        found = await self._known(name)
         projects = [*map(_project, await self._directory.projects(name))]
         accounts = {f"tenant {name}": found} | {f"project {name}/{each['name']}": each for each in projects}
         _, now_ms = await self._directory.now()
@@ -147,8 +141,16 @@ class TenantDesk:
 
     async def webhook_secret(self, name: str) -> dict[str, Any]:
         """With what a tenant checks that a message to its webhook is from here."""
-        await self.tenant(name)
+        await self._known(name)
         return {"object": "webhook_secret", "tenant": name, "secret": webhook_secret(self._secret, name)}
+
+    async def _known(self, name: str) -> dict[str, Any]:
+        if name in self._settings.tenants:
+            return self._configured(name)
+        record = await self._directory.tenant(name)
+        if record is None:
+            raise _no_tenant(name)
+        return _tenant(record)
 
     async def create_tenant(self, new: NewTenant) -> dict[str, Any]:
         """Makes a tenant; nobody can call for it before it has a key."""

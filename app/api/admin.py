@@ -30,18 +30,22 @@ class WarmRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def admin_only(runtime: Runtime) -> Callable[[Request], None]:
-    """What lets operators pass: who has an admin key, where there is none nobody; but on loopback everybody.
+    """What lets operators pass: on loopback everybody, elsewhere who has an admin key.
 
-    There only by a name of this machine: a browser's page, or a proxy, that leads here comes with another.
+    Where there is no such key, it is whoever comes to the admin port, or nobody. On loopback they must ask for a name
+    of this machine: a browser's page, or a proxy, that leads here comes with another.
     """
     server, directory, keys = runtime.settings.server, runtime.directory, Keys(runtime)
 
     def check(request: Request) -> None:
         if (server.loopback and _names_loopback(request)) or keys.is_operator(request.scope):
             return
-        if server.admin_key is None and not directory.operated:
+        if server.admin_key is not None or directory.operated:
+            raise keys.refusal(request.scope)
+        if server.loopback or not server.admin_port:
             raise unknown_url(request.method, request.scope["path"])
-        raise keys.refusal(request.scope)
+        if not directory.loaded:
+            raise NotReady(["the keys cannot be read yet"])
 
     return check
 

@@ -1,6 +1,6 @@
 """Hides the routes with which operators make tenants, projects and keys."""
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -28,8 +28,24 @@ def add(api: FastAPI, runtime: Runtime) -> None:
     _add_keys(api, runtime, desk)
 
 
-def _add_tenants(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
+def _operators_only(runtime: Runtime) -> Callable[[Request], None]:
+    """The check of all these routes; whoever passes it is told of names that no database takes."""
     check = admin_only(runtime)
+
+    def checked(request: Request) -> None:
+        check(request)
+        _refuse_nul(request.scope["path"], *request.query_params.values())
+
+    return checked
+
+
+def _refuse_nul(*names: str) -> None:
+    if any("\0" in name for name in names):
+        raise InvalidRequest("A name must not contain the character U+0000.", code="invalid_value")
+
+
+def _add_tenants(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
+    check = _operators_only(runtime)
 
     @api.get("/admin/tenants", **openapi.TENANTS)
     async def list_tenants(request: Request) -> dict[str, Any]:
@@ -73,7 +89,7 @@ def _add_tenants(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
 
 
 def _add_projects(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
-    check, path = admin_only(runtime), "/admin/tenants/{name}/projects/{project}"
+    check, path = _operators_only(runtime), "/admin/tenants/{name}/projects/{project}"
 
     @api.get(path, **openapi.PROJECT)
     async def show_project(request: Request, name: str, project: str) -> dict[str, Any]:
@@ -97,7 +113,7 @@ def _add_projects(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
 
 
 def _add_keys(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
-    check = admin_only(runtime)
+    check = _operators_only(runtime)
 
     @api.get("/admin/keys", **openapi.KEYS)
     async def list_keys(request: Request) -> dict[str, Any]:
@@ -110,6 +126,7 @@ def _add_keys(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
         """Makes a key; `key` of the answer is shown this once."""
         check(request)
         new = await json_body(request, NewKey)
+        _refuse_nul(new.tenant, new.project)
         return await _changed(runtime, "key.created", desk.create_key(new))
 
     @api.post("/admin/keys/{id}/rotate", **openapi.KEY_ROTATE)

@@ -16,15 +16,29 @@ _CLOSE = (b"connection", b"close")
 
 
 def create_app(runtime: Runtime) -> ASGIApp:
-    """The whole HTTP face of `runtime` as an ASGI application. Called inside the event loop that will serve it."""
+    """The whole HTTP face of `runtime` as an ASGI application. Called inside the event loop that will serve it.
+
+    Who comes to `server.admin_port` meets operators' routes, and nobody else does.
+    """
     keys = Keys(runtime)
     attempts = Attempts()
     hot = embeddings.EmbeddingsRoute(runtime, keys, attempts)
-    rest = _stamped(ops.framework(runtime, keys, attempts), runtime)
+    rest = _stamped(ops.for_callers(runtime, keys, attempts), runtime)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         answer = hot if scope["type"] == "http" and scope["path"] == embeddings.PATH else rest
         await answer(scope, receive, send)
+
+    admin_port = runtime.settings.server.admin_port
+    return _parted(app, _stamped(ops.for_operators(runtime, attempts), runtime), admin_port) if admin_port else app
+
+
+def _parted(main: ASGIApp, admin: ASGIApp, admin_port: int) -> ASGIApp:
+    """Two applications by the port that was connected to, which no header can change."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        _, port = scope["server"]
+        await (admin if port == admin_port else main)(scope, receive, send)
 
     return app
 

@@ -1,6 +1,6 @@
 """Hides the routes that tell what was spent: a tenant what is its own, operators everything."""
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
@@ -15,15 +15,20 @@ from app.storage.level import LevelDown
 from app.usage_desk import UsageDesk
 
 
-def add(api: FastAPI, runtime: Runtime, keys: Keys) -> None:
-    """Adds the routes to `api`."""
-    check, desk = admin.admin_only(runtime), UsageDesk(runtime.stores.usage)
+def add(api: FastAPI, runtime: Runtime, within: Callable[[Request], str | None]) -> None:
+    """Adds the route to `api` that tells of the tenant which `within` names, or refuses to; None: of all."""
+    desk = UsageDesk(runtime.stores.usage)
 
     @api.get("/v1/usage", **openapi.USAGE)
     async def usage(request: Request) -> Response:
         """What was bought and what was not, by time and by group, exact to the nano-dollar."""
-        within = _whose(keys, request)
-        return await _told(desk.usage(request.query_params.multi_items(), within=within))
+        whose = within(request)
+        return await _told(desk.usage(request.query_params.multi_items(), within=whose))
+
+
+def add_unconfirmed(api: FastAPI, runtime: Runtime) -> None:
+    """Adds the route to `api` that only operators may use."""
+    check, desk = admin.admin_only(runtime), UsageDesk(runtime.stores.usage)
 
     @api.get("/admin/usage/unconfirmed", **openapi.USAGE_UNCONFIRMED)
     async def unconfirmed(request: Request) -> Response:
@@ -32,7 +37,7 @@ def add(api: FastAPI, runtime: Runtime, keys: Keys) -> None:
         return await _told(desk.uncertain(request.query_params.multi_items()))
 
 
-def _whose(keys: Keys, request: Request) -> str | None:
+def whose(keys: Keys, request: Request) -> str | None:
     """The tenant whose usage the caller may see; None: that of all, for operators and where there are no keys."""
     if keys.is_operator(request.scope):
         return None

@@ -124,12 +124,15 @@ def list_tenants(config: Config = None, as_json: AsJson = False) -> None:
 
 @commands.command("show")
 def show_tenant(name: _Name, config: Config = None, as_json: AsJson = False) -> None:
-    """Print one tenant and its projects."""
+    """Print one tenant and its projects, and what they spent today and this month by UTC."""
     found = at_desk(config, lambda desk: desk.tenant(name))
-    show([_row(found, as_json=as_json)], as_json=as_json)
-    if not as_json and found["projects"]:
+    if as_json:
+        show([found], as_json=True)
+        return
+    show([{**_row(found, as_json=False), **_spent(found)}], as_json=False)
+    if found["projects"]:
         print()
-        show([_project_row(each) for each in found["projects"]], as_json=False)
+        show([{**_project_row(each), **_spent(each)} for each in found["projects"]], as_json=False)
 
 
 @commands.command("webhook-secret", help=with_examples(_SIGNED))
@@ -170,7 +173,7 @@ def set_project(
     tenant: _Name, project: _Project, config: Config = None, per_day: PerDay = None, per_month: PerMonth = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Make a project of a tenant."""
+    """Make a project of a tenant, or change its budget: what is not named has no bound."""
     from app.tenant_desk import Budget
 
     budget = understood(named(budget_usd_per_day=per_day, budget_usd_per_month=per_month), Budget)
@@ -200,6 +203,10 @@ def _project_row(project: Row) -> Row:
         "usd/day": project["budget_usd_per_day"],
         "usd/month": project["budget_usd_per_month"],
     }
+
+
+def _spent(account: Row) -> Row:
+    return {"spent_today": account["spent_usd_today"], "this_month": account["spent_usd_this_month"]}
 
 
 # ── for the commands about keys, too ────────────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,7 @@ from datetime import date
 
 from app.domain import NO_BOUND
 from app.settings.deployments import DeploymentSettings, RemoteDeployment
-from app.settings.grammar import ModelSettings, Settings
+from app.settings.grammar import ModelSettings, ServerSettings, Settings
 from app.settings.places import dotted
 
 _NEAR_DAYS = 90
@@ -50,11 +50,17 @@ def cautions(settings: Settings, today: date) -> Iterator[str]:
     for retirement in retirements(settings, today):
         if retirement.near:
             yield f"{dotted(('deployments', retirement.deployment, 'model'))}: {retirement}"
+    yield from _open_to_operators(settings.server)
     for name, deployment in settings.deployments.items():
         yield from _quotas(name, deployment)
     for name, model in settings.models.items():
         yield from _never_degraded(settings, name, model)
         yield from _beyond_budgets(settings, name, model)
+
+
+def _open_to_operators(server: ServerSettings) -> Iterator[str]:
+    if server.admin_port and not (server.loopback or server.admin_key):
+        yield "server.admin_port: whoever can connect is an operator until a key is made for one; set server.admin_key"
 
 
 def _quotas(name: str, deployment: DeploymentSettings) -> Iterator[str]:

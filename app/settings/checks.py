@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from app.providers.cards import ModelCard
 from app.settings.catalog import CATALOG
 from app.settings.deployments import DeploymentSettings, LocalDeployment, RemoteDeployment
-from app.settings.grammar import VOCABULARIES, ModelFacts, ModelSettings, Settings
+from app.settings.grammar import VOCABULARIES, ModelFacts, ModelSettings, ServerSettings, Settings
 from app.settings.places import KeyPath
 from app.settings.wording import guess
 
@@ -22,6 +22,7 @@ _TOKENIZER: Final = "set tokenizer to the path of its tokenizer.json"
 
 def contradictions(settings: Settings) -> Problems:
     """Everything for which these settings cannot be served."""
+    yield from _ports(settings.server)
     yield from _keys(settings)
     yield from _stores(settings)
     for name, deployment in settings.deployments.items():
@@ -39,6 +40,11 @@ def contradictions(settings: Settings) -> Problems:
         for listed in tenant.models:
             if listed != "*" and listed not in settings.models:
                 yield ("tenants", name, "models"), f"there is no model '{listed}'{guess(listed, settings.models)}"
+
+
+def _ports(server: ServerSettings) -> Problems:
+    if server.admin_port and server.admin_port == server.port:
+        yield ("server", "admin_port"), "is server.port already; name another one, or 0 to have all routes on one port"
 
 
 def _keys(settings: Settings) -> Problems:

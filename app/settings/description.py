@@ -10,7 +10,7 @@ from pydantic import BaseModel, SecretStr
 from app.providers.cards import ModelCard
 from app.settings.catalog import usd_per_million
 from app.settings.deployments import DeploymentSettings, RemoteDeployment
-from app.settings.grammar import ModelSettings, Settings
+from app.settings.grammar import ModelSettings, Settings, TenantSettings
 from app.settings.places import dotted
 
 # Shown as they are served, whether the file, the catalog or nobody yet says them.
@@ -24,11 +24,12 @@ _LIMITS = (
 def describe(settings: Settings) -> str:
     """What is in force, defaults and catalog included, as the `embedgate.toml` that says the same; keys are `***`."""
     blocks = [
-        _table((section,), getattr(settings, section)) for section in ("server", "queue", "cache", "stores", "ledger")
+        _table((section,), getattr(settings, section))
+        for section in ("server", "queue", "cache", "stores", "ledger", "bulk")
     ]
     blocks += [_deployment(settings, name, entry) for name, entry in settings.deployments.items()]
     blocks += [_model(settings, name, entry) for name, entry in settings.models.items()]
-    blocks += [_table(("tenants", name), entry) for name, entry in settings.tenants.items()]
+    blocks += [_tenant(name, entry) for name, entry in settings.tenants.items()]
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
@@ -73,6 +74,12 @@ def _model(settings: Settings, name: str, model: ModelSettings) -> list[str]:
         known["dimensions"] = None  # stating them would keep callers from the wider vectors
         comments.append(f"# vectors are {facts.dimensions} wide; callers may ask for up to {max(facts.sizes)}")
     return _table(("models", name), model.model_copy(update=known), *comments)
+
+
+def _tenant(name: str, tenant: TenantSettings) -> list[str]:
+    """A query may hold what opens a webhook."""
+    url, mark, _ = tenant.webhook_url.partition("?")
+    return _table(("tenants", name), tenant.model_copy(update={"webhook_url": f"{url}?***" if mark else url}))
 
 
 def _table(path: tuple[str, ...], section: BaseModel, *comments: str) -> list[str]:

@@ -104,7 +104,8 @@ def webhook_url(url: str) -> str:
     """The URL itself, or "" for none. ValueError for what cannot be called, or holds what belongs elsewhere."""
     try:
         parts = urlsplit(url)
-        sound = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0 and not parts.username
+        sound = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        sound = sound and "@" not in parts.netloc
     except ValueError:
         sound = False
     if url and not (sound and url.isascii() and url.isprintable() and " " not in url and "#" not in url):

@@ -7,14 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, Self
+from typing import Final, Protocol, Self
 
-import msgspec
-
-from app.errors import BudgetExhausted, EmbedgateError, InternalError, TryAgainLater
+from app.errors import BudgetExhausted, InternalError, TryAgainLater
 from app.ports import Bounds
-from app.storage.redis_server import RedisServer, Script, StoreDown
+from app.storage.purses import Account, Claim, Purse, Span, refuse, span_of, spans_of_claims
+from app.storage.redis_budget import Answer, decide, remembered_us
+from app.storage.redis_server import RedisServer, StoreDown
 from app.storage.sql.database import DatabaseDown
 from app.storage.sql.entries import spans_of
 from app.telemetry import Telemetry
@@ -31,8 +30,6 @@ _CLOSE_S = 1.0
 _AT_ONCE, _TELL_S = 32, 0.1  # tenants told of at one moment, and for how long that is waited for
 _MOST_SETTLED = 64
 _UNKNOWN: Final = -1
-_SCRIPT = Script("budget")
-_MEMORY_AGE, _SINCE = Script("memory_age"), "eg:{memory}:since"
 _NOBODY_KNOWS = "What is left of your budget is not known. Please try again later."
 
 
@@ -41,96 +38,6 @@ class Books(Protocol):
 
     async def spent(self, accounts: Sequence[str], spans: Sequence[str]) -> Mapping[tuple[str, str], int]:
         """See `SqlLedger.spent`."""
-
-
-class _Answer(msgspec.Struct):
-    """What `budget.lua` returns."""
-
-    absent: bool = False
-    late: bool = False
-    wait_us: float = 0
-    granted: Sequence[bool] = ()
-    short: Sequence[int] = ()
-    soon: Sequence[bool] = ()
-    spans: Sequence[tuple[int, int, int]] = ()
-
-
-@dataclass(slots=True, eq=False)
-class _Account:
-    """What this process has set aside of one, and lately did."""
-
-    name: str
-    aside: int = 0
-    lately: int = 0
-    pace: int = 0
-    spans: dict[str, "_Span"] = field(default_factory=dict)
-
-    @property
-    def wish(self) -> int:
-        """What it would like to have ahead: as much as it sets aside in two seconds."""
-        return 2 * (self.pace + self.lately)
-
-
-@dataclass(slots=True, eq=False)
-class _Span:
-    """A day or month of an account as this process sees it, in nano-USD.
-
-    `ended` is what ended here since it is looked after, and `most` what that and what is set aside may be together;
-    None: that has to be found out. `booked` is what SQL has of everybody; `left` what nobody had claimed when that was
-    last heard, and `held` what the others think of as this process' own. `alone`: a part of `left` was added to `most`.
-    """
-
-    account: _Account
-    name: str
-    allowance: int
-    ended: int = 0
-    most: int | None = None
-    booked: int | None = None
-    left: int | None = None
-    held: int = 0
-    alone: bool = False
-    read_at: float | None = None
-
-    @property
-    def taken(self) -> int:
-        """What ended here or is set aside."""
-        return self.ended + self.account.aside
-
-    @property
-    def room(self) -> int:
-        """How much more may be set aside without asking."""
-        return 0 if self.most is None else max(0, self.most - self.taken)
-
-
-@dataclass(slots=True, eq=False)
-class _Claim:
-    """A wish to set something aside, for which somebody waits until `until` unless they `left`."""
-
-    bounds: Bounds
-    spans: Sequence[_Span]
-    nano_usd: int
-    until: float
-    answer: asyncio.Future[None]
-    left: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Purse:
-    """All accounts of a tenant; who asks for them asks alone, for all who wait."""
-
-    tenant: str
-    accounts: dict[str, _Account] = field(default_factory=dict)
-    waiting: list[_Claim] = field(default_factory=list)
-    asking: asyncio.Task[None] | None = None
-    used_at: float = 0.0
-
-    def spans(self) -> list[_Span]:
-        """All of them, in the order in which they came."""
-        return [span for account in self.accounts.values() for span in account.spans.values()]
-
-    def key(self, span: _Span) -> str:
-        """Where its state is; those of a tenant are in one slot of a cluster."""
-        return f"eg:{{budget {self.tenant.encode().hex()}}}:{span.name}:{span.account.name.encode().hex()}"
 
 
 class SharedBudgets:
@@ -163,8 +70,8 @@ class SharedBudgets:
         self._clock = clock
         self._serials = itertools.count(1)
         self._settled: deque[str] = deque(maxlen=_MOST_SETTLED)
-        self._purses: dict[str, _Purse] = {}
-        self._accounts: dict[str, _Account] = {}
+        self._purses: dict[str, Purse] = {}
+        self._accounts: dict[str, Account] = {}
         self._tasks = asyncio.TaskGroup()
         self._ticking: asyncio.Task[None] | None = None
 
@@ -193,7 +100,7 @@ class SharedBudgets:
             self._set_aside(bounds, nano_usd)
             return
         now = self._now()
-        claim = _Claim(bounds, spans, nano_usd, now + min(within_s, _PATIENCE_S), _future())
+        claim = Claim(bounds, spans, nano_usd, now + min(within_s, _PATIENCE_S), _future())
         purse.waiting.append(claim)
         if purse.asking is None:
             purse.asking = self._tasks.create_task(self._serve(purse, tells=False))
@@ -243,14 +150,14 @@ class SharedBudgets:
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    def _purse(self, tenant: str) -> _Purse:
+    def _purse(self, tenant: str) -> Purse:
         purse = self._purses.get(tenant)
         if purse is None:
-            purse = self._purses[tenant] = _Purse(tenant)
+            purse = self._purses[tenant] = Purse(tenant)
         purse.used_at = self._now()
         return purse
 
-    def _spans(self, purse: _Purse, bounds: Bounds, within_s: float) -> list[_Span]:
+    def _spans(self, purse: Purse, bounds: Bounds, within_s: float) -> list[Span]:
         """The days and months that a call may fall into which leaves within `within_s`."""
         now_s = self._clock()
         first, last = int(now_s // _DAY_S), int((now_s + within_s) // _DAY_S)
@@ -258,32 +165,32 @@ class SharedBudgets:
         for name, allowance in bounds.allowances:
             account = self._accounts.get(name)
             if account is None:
-                account = self._accounts[name] = purse.accounts[name] = _Account(name)
+                account = self._accounts[name] = purse.accounts[name] = Account(name)
             for day in (first,) if first == last else (first, last):
                 for span_name, most in zip(spans_of(day), (allowance.per_day, allowance.per_month), strict=True):
                     if most is not None:
-                        found.append(_span(account, span_name, most))
+                        found.append(span_of(account, span_name, most))
         return found if first == last else list(dict.fromkeys(found))
 
-    def _unbooked(self, span: _Span) -> int:
+    def _unbooked(self, span: Span) -> int:
         return self.unbooked(span.account.name).get(span.name, 0)
 
-    def _covers(self, span: _Span, nano_usd: int) -> bool:
+    def _covers(self, span: Span, nano_usd: int) -> bool:
         """What was had while alone is nobody's own any more when all share again."""
         return nano_usd <= span.room and not (span.alone and self._is_shared)
 
-    def _own(self, span: _Span) -> int:
+    def _own(self, span: Span) -> int:
         """What the others have to leave to this process: while it goes on alone all that it may then spend."""
         alone = span.room if span.alone and not self._is_shared else 0
         return self._unbooked(span) + span.account.aside + alone
 
-    def _have(self, span: _Span) -> None:
+    def _have(self, span: Span) -> None:
         """All that is left of the span is this process' own: who has nobody to share with."""
         span.most = span.ended + span.allowance - (span.booked or 0) - self._unbooked(span)
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _serve(self, purse: _Purse, *, tells: bool) -> None:
+    async def _serve(self, purse: Purse, *, tells: bool) -> None:
         """Answers all who wait, those who come meanwhile too; before that it `tells` what this replica holds."""
         try:
             if tells:
@@ -295,12 +202,12 @@ class SharedBudgets:
         except Exception as bug:  # supervision is for the errors that nobody thought of
             self._telemetry.loop_crashed(loop="budgets", error=bug)
             for claim in purse.waiting:
-                _refuse(claim, InternalError())
+                refuse(claim, InternalError())
             purse.waiting.clear()
         finally:
             purse.asking = None
 
-    async def _decide(self, purse: _Purse) -> float:
+    async def _decide(self, purse: Purse) -> float:
         """One answer to those who wait now; for how long the rest must."""
         claims = [claim for claim in purse.waiting if not claim.left]
         wait_s = 0.0
@@ -312,23 +219,23 @@ class SharedBudgets:
         purse.waiting = [claim for claim in purse.waiting if not (claim.left or claim.answer.done())]
         return wait_s
 
-    def _grant(self, claim: _Claim) -> None:
+    def _grant(self, claim: Claim) -> None:
         if not claim.left:
             self._set_aside(claim.bounds, claim.nano_usd)
             claim.answer.set_result(None)
 
-    def _exhausted(self, claim: _Claim, span: _Span) -> None:
+    def _exhausted(self, claim: Claim, span: Span) -> None:
         self._telemetry.budget_refused(tenant=claim.bounds.tenant)
         if self.on_exhausted is not None:
             self.on_exhausted(span.account.name, span.name)
-        _refuse(claim, BudgetExhausted(span.account.name, span.name))
+        refuse(claim, BudgetExhausted(span.account.name, span.name))
 
     @property
     def _since(self) -> float:
         """What SQL said before then may be less than others booked while they told nobody."""
         return self._server.up_since if self._server is not None else -math.inf
 
-    async def _read(self, spans: Sequence[_Span], since: float) -> bool:
+    async def _read(self, spans: Sequence[Span], since: float) -> bool:
         """Asks SQL for what it has of the spans about which it was not asked since; whether all is known now."""
         unread = [span for span in spans if span.read_at is None or span.read_at < since]
         if not unread:
@@ -353,15 +260,15 @@ class SharedBudgets:
         server = self._server
         return server is not None and server.up and time.monotonic() - server.up_since >= _RETURN_S
 
-    async def _shared(self, purse: _Purse, claims: Sequence[_Claim], began: float) -> _Answer | None:
+    async def _shared(self, purse: Purse, claims: Sequence[Claim], began: float) -> Answer | None:
         """What the server says; None when it cannot be asked, or says nothing since nobody knows what was spent."""
         with suppress(StoreDown):
-            return await self._ask(purse, _spans_of(claims), claims, began)
+            return await self._ask(purse, spans_of_claims(claims), claims, began)
         return None
 
     async def _ask(
-        self, purse: _Purse, spans: Sequence[_Span], claims: Sequence[_Claim], began: float
-    ) -> _Answer:  # fmt: skip
+        self, purse: Purse, spans: Sequence[Span], claims: Sequence[Claim], began: float
+    ) -> Answer:  # fmt: skip
         """One step of `budget.lua`, after which `most` of these spans is as the server has it. Raises StoreDown.
 
         A server that knows nothing is told what SQL says now: later than `began`.
@@ -387,11 +294,11 @@ class SharedBudgets:
             "claims": [(claim.nano_usd, [places[span] for span in claim.spans]) for claim in claims],
         }  # fmt: skip
         keys = [purse.key(span) for span in spans]
-        answer = await _run(server, keys, ask)
+        answer = await decide(server, keys, ask)
         if answer.absent and await self._read(spans, began):
-            ask["age_us"] = int(await server.run(_MEMORY_AGE, [_SINCE], []))
+            ask["age_us"] = await remembered_us(server)
             ask["spans"] = wishes()
-            answer = await _run(server, keys, ask)
+            answer = await decide(server, keys, ask)
         if answer.absent or answer.late:
             raise StoreDown("it does not know what was spent")
         for span, before, mine, (held, left, booked) in zip(spans, taken, own, answer.spans, strict=True):
@@ -400,18 +307,18 @@ class SharedBudgets:
                 span.most, span.alone = before + held - mine, False
         return answer
 
-    def _follow(self, purse: _Purse, claims: Sequence[_Claim], answer: _Answer) -> float:
+    def _follow(self, purse: Purse, claims: Sequence[Claim], answer: Answer) -> float:
         """Tells those who wait what the server said; for how long the others should wait."""
         now, wait_s = self._now(), answer.wait_us / 1e6
         again_s = 0.0
-        spans = _spans_of(claims)
+        spans = spans_of_claims(claims)
         for claim, granted, short, soon in zip(claims, answer.granted, answer.short, answer.soon, strict=True):
             if granted:
                 self._grant(claim)
             elif wait_s:
                 again_s = wait_s
                 if now + wait_s > claim.until:
-                    _refuse(claim, TryAgainLater(_NOBODY_KNOWS, wait_s))
+                    refuse(claim, TryAgainLater(_NOBODY_KNOWS, wait_s))
             elif soon and now + _AGAIN_S <= claim.until:
                 again_s = max(again_s, _AGAIN_S)
             else:
@@ -420,7 +327,7 @@ class SharedBudgets:
 
     # ── alone ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _decide_alone(self, claims: Sequence[_Claim]) -> float:
+    def _decide_alone(self, claims: Sequence[Claim]) -> float:
         """Within this replica's part of what was left when that was last known; for how long the rest should wait."""
         wait_s = 0.0
         for claim in claims:
@@ -430,14 +337,14 @@ class SharedBudgets:
             if unknown and not self.ready() and self._now() + _AGAIN_S <= claim.until:
                 wait_s = _AGAIN_S
             elif unknown:
-                _refuse(claim, TryAgainLater(_NOBODY_KNOWS, 1.0))
+                refuse(claim, TryAgainLater(_NOBODY_KNOWS, 1.0))
             elif short := [span for span in claim.spans if claim.nano_usd > span.room]:
                 self._exhausted(claim, short[0])
             else:
                 self._grant(claim)
         return wait_s
 
-    def _go_alone(self, span: _Span) -> None:
+    def _go_alone(self, span: Span) -> None:
         if self._server is None:
             if span.most is None and span.booked is not None:
                 self._have(span)
@@ -473,7 +380,7 @@ class SharedBudgets:
                 purse.asking = self._tasks.create_task(self._serve(purse, tells=True))
             await asyncio.wait([purse.asking for purse in idle if purse.asking is not None], timeout=_TELL_S)
 
-    async def _tell_of(self, purse: _Purse) -> None:
+    async def _tell_of(self, purse: Purse) -> None:
         spans = [span for span in purse.spans() if span.most is not None]
         began = time.monotonic()
         await self._read(spans, self._since)
@@ -492,46 +399,16 @@ class SharedBudgets:
                 for account_name in purse.accounts:
                     del self._accounts[account_name]
 
-    def _idle(self, purse: _Purse) -> bool:
+    def _idle(self, purse: Purse) -> bool:
         if purse.asking is not None or self._now() - purse.used_at < _IDLE_S:
             return False
         return not self._holds(purse)
 
-    def _holds(self, purse: _Purse) -> bool:
+    def _holds(self, purse: Purse) -> bool:
         """Whether the others have to leave something to this process, or think so."""
         busy = any(account.aside or self.unbooked(account.name) for account in purse.accounts.values())
         return busy or any(span.held or span.alone for span in purse.spans())
 
 
-def _spans_of(claims: Sequence[_Claim]) -> list[_Span]:
-    return list(dict.fromkeys(span for claim in claims for span in claim.spans))
-
-
-def _span(account: _Account, name: str, allowance: int) -> _Span:
-    """What is known of it; what was found out holds for the allowance that it had then."""
-    span = account.spans.get(name)
-    if span is None:
-        span = account.spans[name] = _Span(account, name, allowance)
-    elif span.allowance != allowance:
-        span.allowance, span.most = allowance, None
-    return span
-
-
-async def _run(server: RedisServer, keys: Sequence[str], ask: Mapping[str, Any]) -> _Answer:
-    """Raises StoreDown, also where the server did not take it well: going on alone is better than not at all."""
-    try:
-        return msgspec.msgpack.decode(await server.run(_SCRIPT, keys, [msgspec.msgpack.encode(ask)]), type=_Answer)
-    except StoreDown:
-        raise
-    except Exception as bug:
-        raise StoreDown(type(bug).__name__) from bug
-
-
 def _future() -> asyncio.Future[None]:
     return asyncio.get_running_loop().create_future()
-
-
-def _refuse(claim: _Claim, error: EmbedgateError) -> None:
-    """Whoever left does not hear of it."""
-    if not claim.left:
-        claim.answer.set_exception(error)

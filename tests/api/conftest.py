@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,12 @@ async def serving(folder: Path, text: str) -> AsyncIterator[tuple[str, EdgeServe
     settings = load(folder / "embedgate.toml", {"EMBEDGATE_STORES__DATA_DIR": str(folder / "data")})
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     async with asyncio.TaskGroup() as group:
-        with listening("127.0.0.1", 0) as listener:
+        with ExitStack() as stack:
+            ports = [0, *filter(None, [settings.server.admin_port])]
+            listeners = [stack.enter_context(listening("127.0.0.1", port)) for port in ports]
             async with Runtime(settings) as runtime:
                 server = EdgeServer(runtime, ready.set_result)
-                task = group.create_task(server.serve([listener]))
+                task = group.create_task(server.serve(listeners))
                 url = (await ready).removesuffix("/v1")
                 try:
                     async with httpx.AsyncClient(base_url=url, timeout=10) as http:

@@ -15,6 +15,7 @@ from app.domain import EmbeddingRequest
 from app.storage import api_key
 from app.storage.level import LevelDown
 from tests.api.conftest import ADA, KEY, SMALL, Edge, running, serving
+from tests.contract.test_alerts import listening
 from tests.emulators.openai import OpenAIEmulator
 
 ADMIN_KEY = "key-of-the-operator"
@@ -173,7 +174,7 @@ async def test_a_foreign_tenant_sees_what_an_absent_one_would(edge: Edge) -> Non
 async def test_project_and_user_go_with_what_is_bought(edge: Edge) -> None:
     """The user only as a hash; a key that has a project takes no other."""
     await edge.http.post("/admin/tenants", json={"name": "made"})
-    await edge.http.put("/admin/tenants/made/projects/ix", json={})
+    await edge.http.put("/admin/tenants/made/projects/ix", json={"budget_usd_per_day": "0.5"})
     free, pinned = await make(edge.http, "made"), await make(edge.http, "made", project="ix")
     seen: list[EmbeddingRequest] = []
     embed = edge.runtime.gateway.embed
@@ -188,9 +189,9 @@ async def test_project_and_user_go_with_what_is_bought(edge: Edge) -> None:
     await ask(edge.http, pinned, x_embedgate_project="ix")
     body = {"model": SMALL, "input": "x", "user": "someone@example.com"}
     await edge.http.post("/v1/embeddings", json=body, headers={"authorization": f"Bearer {pinned}"})
-    found = [(each.spender.project, each.spender.key) for each in seen]
+    found = [(each.spender.project, each.spender.key, bool(each.spender.allowances)) for each in seen]
     ids = free[8:16], pinned[8:16]
-    assert found == [("", ids[0]), ("ix", ids[0]), ("ix", ids[1]), ("ix", ids[1])]
+    assert found == [("", ids[0], False), ("ix", ids[0], True), ("ix", ids[1], True), ("ix", ids[1], True)]
     assert ([len(each.spender.user) for each in seen], "someone" in seen[3].spender.user) == ([0, 0, 0, 16], False)
     for key, project in ((pinned, "web"), (free, "a/b"), (free, "a b"), (free, "x" * 129)):
         refused = await ask(edge.http, key, x_embedgate_project=project)
@@ -208,6 +209,34 @@ async def test_limits_made_at_run_time_hold(edge: Edge) -> None:
     assert (await ask(edge.http, key, "three")).status_code == 200
 
 
+async def test_a_budget_made_at_run_time_holds_and_is_told(tmp_path: Path) -> None:
+    """To the last token; what is cached goes on being answered, and the tenant's webhook hears of every part."""
+    async with OpenAIEmulator() as upstream, listening() as hook:
+        text = SHARED.format(folder=tmp_path, name="log", database="", upstream=upstream.base_url)
+        text = text.replace("[models", "usd_per_million_tokens = 20\n[models")
+        async with serving(tmp_path, text) as (*_, runtime, http):
+            key = await make(http, "made")
+            terms = {"budget_usd_per_month": "0.0002", "webhook_url": hook.url}
+            changed = (await http.patch("/admin/tenants/made", json=terms)).json()
+            assert {name: changed[name] for name in terms} == terms
+            texts = [*"abcdefghijkl"]
+            answers = [await ask(http, key, text) for text in texts]
+            assert [each.status_code for each in answers] == [200] * 10 + [429] * 2
+            assert [(await ask(http, key, text)).status_code for text in texts] == [200] * 10 + [429] * 2
+            assert code(answers[-1]) == (429, "insufficient_quota")
+            async with asyncio.timeout(10):
+                while len(hook.messages) < 3:  # noqa: ASYNC110 — it tells nobody
+                    await asyncio.sleep(0.02)
+            secret = (await http.get("/admin/tenants/made/webhook-secret")).json()["secret"]
+            shown = (await http.get("/admin/tenants/made")).json()
+            assert runtime.telemetry.registry.get_sample_value(
+                "embedgate_budget_alerts_total", {"tenant": "other", "percent": "100"}
+            ) == 1  # fmt: skip
+    assert (hook.percents, upstream.bill.tokens) == ([50, 80, 100], 10)
+    assert all(message.signed_with(secret) for message in hook.messages)
+    assert (shown["spent_usd_today"], shown["spent_usd_this_month"]) == ("0.0002", "0.0002")
+
+
 async def test_the_cache_of_a_tenant_made_at_run_time_is_its_own(edge: Edge) -> None:
     """What others bought it buys again, once."""
     key, texts = await make(edge.http, "made"), ["one", "two"]
@@ -221,7 +250,8 @@ async def test_the_cache_of_a_tenant_made_at_run_time_is_its_own(edge: Edge) -> 
 
 ROUTES = [
     ("GET", "/admin/tenants"), ("POST", "/admin/tenants"), ("GET", "/admin/tenants/made"),
-    ("PATCH", "/admin/tenants/made"), ("DELETE", "/admin/tenants/made"), ("GET", "/admin/tenants/made/projects/p"),
+    ("PATCH", "/admin/tenants/made"), ("DELETE", "/admin/tenants/made"), ("GET", "/admin/tenants/made/webhook-secret"),
+    ("GET", "/admin/tenants/made/projects/p"),
     ("PUT", "/admin/tenants/made/projects/p"), ("DELETE", "/admin/tenants/made/projects/p"), ("GET", "/admin/keys"),
     ("POST", "/admin/keys"), ("POST", "/admin/keys/00000000/rotate"), ("DELETE", "/admin/keys/00000000"),
 ]  # fmt: skip
@@ -260,15 +290,16 @@ async def test_nonsense_is_refused_in_the_usual_envelope(edge: Edge) -> None:
         *[("POST", "/admin/tenants", {"name": name})
           for name in ("", "a/b", "a b", "x" * 129, "é", "a\n", ".", "anonymous", 7)],
         *[("POST", "/admin/tenants", {"name": "a", "budget_usd_per_day": amount})
-          for amount in ("-1", "NaN", "Infinity", "1e30", "0.0000000001", "1e-999999", "x", True)],
+          for amount in ("-1", "NaN", "sNaN", "Infinity", "1e30", "0.0000000001", "1e-999999", "9000001", "x", True)],
         ("POST", "/admin/tenants", {"name": "a", "weight": 0}),
         ("POST", "/admin/tenants", {"name": "a", "models": []}),
         ("POST", "/admin/tenants", {"name": "a", "models": ["nobody"]}),
-        ("POST", "/admin/tenants", {"name": "a", "webhook_url": "file:///etc/passwd"}),
-        ("POST", "/admin/tenants", {"name": "a", "webhook_url": "https://example.com/hook"}),
-        ("POST", "/admin/tenants", {"name": "a", "budget_usd_per_month": "50"}),
-        ("PUT", "/admin/tenants/search/projects/a", {"budget_usd_per_day": 1}),
-        ("POST", "/admin/keys", {"tenant": "search", "budget_usd_per_day": "0.5"}),
+        *[("POST", "/admin/tenants", {"name": "a", "webhook_url": url})
+          for url in ("file:///etc/passwd", "https://", "https://user:word@example.com/", "https://:word@example.com/",
+                      "https://example.com:99999/", "https://example.com/a b", "https://exämple.com/", 7,
+                      "https://example.com/" + "a" * 2048)],
+        ("PUT", "/admin/tenants/search/projects/a", {"budget_usd_per_day": "-0.01"}),
+        ("POST", "/admin/keys", {"tenant": "search", "budget_usd_per_day": "0.0000000001"}),
         ("POST", "/admin/tenants", {"name": "search"}),
         ("PATCH", "/admin/tenants/search", {"weight": 2}),
         ("PUT", "/admin/tenants/search/projects/a%20b", {}),
@@ -292,7 +323,7 @@ async def test_nonsense_is_refused_in_the_usual_envelope(edge: Edge) -> None:
 async def test_lists_come_in_pages(edge: Edge) -> None:
     """By name, each once, with what is configured before the first."""
     for n in range(5):
-        await edge.http.post("/admin/tenants", json={"name": f"t{n}", "weight": 0.5 + n})
+        await edge.http.post("/admin/tenants", json={"name": f"t{n}", "budget_usd_per_day": 0.1 + n})
     names, after, more = [], "", True
     while more:
         page = (await edge.http.get("/admin/tenants", params={"limit": 2, "after": after})).json()
@@ -300,7 +331,18 @@ async def test_lists_come_in_pages(edge: Edge) -> None:
         after, more = names[-1], page["has_more"]
     assert names == ["search", "archive", "t0", "t1", "t2", "t3", "t4"]
     shown = (await edge.http.get("/admin/tenants/t3")).json()
-    assert (shown["weight"], shown["projects"], shown["configured"]) == (3.5, [], False)
+    assert (shown["budget_usd_per_day"], shown["projects"], shown["configured"]) == ("3.10", [], False)
+
+
+async def test_the_document_describes_what_operators_are_shown(edge: Edge) -> None:
+    """Every field of a tenant, of its projects and of its secret."""
+    await make(edge.http, "made")
+    await edge.http.put("/admin/tenants/made/projects/ix", json={})
+    schemas = (await edge.http.get("/openapi.json")).json()["components"]["schemas"]
+    tenant = (await edge.http.get("/admin/tenants/made")).json()
+    secret = (await edge.http.get("/admin/tenants/made/webhook-secret")).json()
+    for name, shown in (("Tenant", tenant), ("Project", tenant["projects"][0]), ("WebhookSecret", secret)):
+        assert set(schemas[name]["properties"]) == set(shown)
 
 
 async def test_a_database_that_is_down_is_told_as_such(edge: Edge) -> None:

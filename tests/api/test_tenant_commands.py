@@ -36,7 +36,9 @@ def told(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     ("command", "says"),
     [
         (("tenants",), ("embedgate tenants create search", "within 5 s", "list", "delete")),
-        (("tenants", "create"), ("--tokens-per-minute 500000", "--cache-group", "--max-in-flight")),
+        (("tenants", "create"), ("--budget-usd-per-day 2.50", "--cache-group", "--webhook-url")),
+        (("tenants", "webhook-secret"), ("embedgate tenants webhook-secret search", "standardwebhooks.com")),
+        (("projects", "set"), ("what is not named has", "--budget-usd-per-month")),
         (("tenants", "delete"), ("embedgate tenants delete crawler", "deleted tenant")),
         (("projects",), ("embedgate projects set search indexing", "x-embedgate-project")),
         (("keys", "create"), ("embedgate keys create --tenant search", "--network 10.0.0.0/8", "--expires 90d")),
@@ -52,16 +54,22 @@ def test_help_teaches(tmp_path: Path, command: tuple[str, ...], says: tuple[str,
 
 
 def test_the_life_of_a_tenant_and_its_key(tmp_path: Path) -> None:
-    """Made, shown, changed, rotated, revoked, deleted; the key is shown once."""
-    (made,) = told(tmp_path, "tenants", "create", "search", "--weight", "2.5", "--tokens-per-minute", "7")
-    assert (made["name"], made["weight"], made["tokens_per_minute"]) == ("search", 2.5, 7)
-    (project,) = told(tmp_path, "projects", "set", "search", "ix")
-    assert project["name"] == "ix"
-    of_ix = ("--tenant", "search", "--project", "ix")
+    """Made, shown, changed, rotated, revoked, deleted; money is exact, and the key shown once."""
+    hook = ("--webhook-url", "https://example.com/hook?token=1")
+    monthly = ("--budget-usd-per-month", "0.100000001")
+    (made,) = told(tmp_path, "tenants", "create", "search", "--weight", "2.5", *monthly, *hook)
+    assert (made["name"], made["weight"], made["budget_usd_per_month"]) == ("search", 2.5, "0.100000001")
+    assert made["webhook_url"] == hook[1]
+    (project,) = told(tmp_path, "projects", "set", "search", "ix", "--budget-usd-per-day", "1")
+    assert project["budget_usd_per_day"] == "1.00"
+    of_ix = ("--tenant", "search", "--project", "ix", "--budget-usd-per-day", "0.5")
     (key,) = told(tmp_path, "keys", "create", *of_ix, "--expires", "90d", "--label", "Ada")
+    assert key["budget_usd_per_day"] == "0.50"
     assert re.fullmatch(f"eg_live_{key['id']}[0-9A-Za-z]{{49}}", key["key"])
-    (changed,) = told(tmp_path, "tenants", "update", "search", "--tokens-per-minute", "0", "--models", "mini")
-    assert (changed["tokens_per_minute"], changed["models"], changed["weight"]) == (0, ["mini"], 2.5)
+    (changed,) = told(tmp_path, "tenants", "update", "search", "--budget-usd-per-month", "0", "--models", "mini")
+    assert (changed["budget_usd_per_month"], changed["models"], changed["weight"]) == (None, ["mini"], 2.5)
+    assert changed["webhook_url"] == hook[1]
+    assert re.fullmatch(r"whsec_[\w+/]{43}=\n", run(tmp_path, "tenants", "webhook-secret", "search").stdout)
     (rotated,) = told(tmp_path, "keys", "rotate", key["id"], "--overlap", "1h")
     assert (rotated["id"], rotated["key"] != key["key"]) == (key["id"], True)
     assert [each["projects"][0]["name"] for each in told(tmp_path, "tenants", "show", "search")] == ["ix"]
@@ -75,11 +83,16 @@ def test_the_life_of_a_tenant_and_its_key(tmp_path: Path) -> None:
 
 def test_people_are_shown_tables(tmp_path: Path) -> None:
     """A line for each, and the key apart from it."""
-    run(tmp_path, "tenants", "create", "search", "--weight", "2.25")
+    run(tmp_path, "tenants", "create", "search", "--weight", "2.25", "--budget-usd-per-day", "2")
+    run(tmp_path, "projects", "set", "search", "ix", "--budget-usd-per-month", "7.5")
     table = run(tmp_path, "tenants", "list").stdout
     assert [line.split()[0] for line in table.splitlines()] == ["NAME", "filed", "search"]
     assert "the file" in table
     assert "2.25" in table
+    assert "2.00" in table
+    tenant, project = run(tmp_path, "tenants", "show", "search").stdout.split("\n\n")
+    assert tenant.split()[-2:] == project.split()[-2:] == ["0.00", "0.00"]
+    assert project.split()[-4:-2] == ["-", "7.50"]
     shown = run(tmp_path, "keys", "create", "--tenant", "search").stdout
     assert re.search(r"^key  eg_live_\w{57}$", shown, re.MULTILINE)
     assert "Shown this once" in shown
@@ -92,7 +105,9 @@ def test_people_are_shown_tables(tmp_path: Path) -> None:
         (("tenants", "create", "filed"), "There is a tenant 'filed' already."),
         (("tenants", "create", "t", "--budget-usd-per-day", "1.0000000001"), "at most 9 decimals"),
         (("tenants", "create", "t", "--budget-usd-per-day", "ten"), "--budget-usd-per-day: "),
-        (("tenants", "create", "t", "--budget-usd-per-day", "10"), "'budget_usd_per_day' is not supported"),
+        (("tenants", "create", "t", "--budget-usd-per-day", "9000001"), "must be dollars from 0 to 9000000"),
+        (("tenants", "create", "t", "--webhook-url", "ftp://x"), "'webhook_url' must be a URL such as"),
+        (("tenants", "webhook-secret", "nobody"), "There is no tenant 'nobody'."),
         (("tenants", "create", "t", "--priority", "first"), "--priority: "),
         (("tenants", "create", "t", "--models", "nobody"), "There is no model 'nobody'."),
         (("tenants", "update", "filed", "--weight", "2"), "is in the configuration file"),

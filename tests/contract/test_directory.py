@@ -4,14 +4,16 @@ import time
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from sqlalchemy import delete, insert, select, update
 
-from app.directory import Caller, Directory
-from app.domain import Allowance, Limits, Priority
+from app.alerts import webhook_secret
+from app.directory import Caller, Directory, Terms
+from app.domain import NO_BOUND, Allowance, Limits, Priority
 from app.errors import InvalidRequest, NotFound
 from app.settings import Settings
 from app.storage import api_key
@@ -19,10 +21,11 @@ from app.storage.api_key import KeyHash
 from app.storage.secret import MasterSecret
 from app.storage.sql.database import Database, DatabaseDown
 from app.storage.sql.directory import SqlDirectory
+from app.storage.sql.entries import spans_of
 from app.storage.sql.migrations import migrate
-from app.storage.sql.tables import api_keys, counters, tenants
+from app.storage.sql.tables import api_keys, counters, spent, tenants
 from app.telemetry import Telemetry
-from app.tenant_desk import KeyPage, NewKey, NewTenant, Page, Rotation, TenantDesk, TenantTerms
+from app.tenant_desk import Budget, KeyPage, NewKey, NewTenant, Page, Rotation, TenantDesk, TenantTerms
 from tests.contract.stored import change, scalars
 
 OLD, NEW = b"the secret of before, long", b"the secret of today, longer"
@@ -31,7 +34,14 @@ SETTINGS = Settings.model_validate(
     {
         "deployments": {"local": {"dialect": "local"}},
         "models": {"mini": {"deployments": ("local",)}, "maxi": {"deployments": ("local",)}},
-        "tenants": {"filed": {"api_key": ("key-of-filed",), "weight": 3.0}},
+        "tenants": {
+            "filed": {
+                "api_key": ("key-of-filed",),
+                "weight": 3.0,
+                "budget_usd_per_month": 2.5,
+                "webhook_url": "http://h/filed",
+            }
+        },
     }
 )
 
@@ -251,13 +261,17 @@ async def test_models_of_a_key_are_those_of_its_tenant_at_most(office: Office) -
         await office.desk.create_key(NewKey(tenant="search", models=["nobody"]))
 
 
-async def test_allowances_of_projects_come_with_the_caller(office: Office) -> None:
+async def test_allowances_of_key_and_project_come_with_the_caller(office: Office) -> None:
     """By account, exact, as they are now; another project brings its own."""
-    for project, allowance in (("ix", Allowance(1, None)), ("web", Allowance(None, 12_500_000_000))):
-        await office.source.set_project("search", project, allowance, configured=False)
-    pinned, free = office.caller(await office.key(project="ix")), office.caller(await office.key())
+    await office.desk.set_project("search", "ix", Budget(budget_usd_per_day=Decimal("0.000000001")))
+    await office.desk.set_project("search", "web", Budget(budget_usd_per_month=Decimal("12.5")))
+    pinned = office.caller(await office.key(project="ix", budget_usd_per_month=Decimal(9_000_000)))
+    free = office.caller(await office.key())
+    key_id = pinned.spender.key
     assert pinned.spender.project == "ix"
-    assert pinned.spender.allowances == (("project search/ix", Allowance(1, None)),)
+    assert pinned.spender.allowances == (
+        (f"key {key_id}", Allowance(None, 9 * 10**15)), ("project search/ix", Allowance(1, None)),
+    )  # fmt: skip
     assert office.directory.spender(free, "web", "").allowances == (
         ("project search/web", Allowance(None, 12_500_000_000)),
     )
@@ -268,6 +282,74 @@ async def test_allowances_of_projects_come_with_the_caller(office: Office) -> No
     await office.desk.delete_project("search", "web")
     await office.directory.refresh()
     assert office.directory.spender(free, "web", "").allowances == ()
+
+
+async def test_what_an_account_may_spend_is_known_by_its_name(office: Office) -> None:
+    """Of a tenant of either kind, a project, a key; with whoever is to be told. Who is gone has no terms."""
+    hook = "https://example.com/hook?token=1"
+    terms = TenantTerms(budget_usd_per_day=Decimal(1), budget_usd_per_month=Decimal("20.5"), webhook_url=hook)
+    given = ["budget_usd_per_day", "budget_usd_per_month", "webhook_url"]
+    await office.desk.update_tenant("search", terms, given)
+    for tenant in ("search", "filed"):
+        await office.desk.set_project(tenant, "ix", Budget(budget_usd_per_day=Decimal("0.5")))
+    key = await office.key(budget_usd_per_month=Decimal(3))
+    of_filed = await office.key("filed")
+    operators = (await office.desk.create_key(NewKey(scopes=["admin"])))["id"]
+    await office.directory.refresh()
+    known = {
+        "tenant search": Terms("search", Allowance(10**9, 20_500_000_000), hook),
+        "tenant filed": Terms("filed", Allowance(None, 2_500_000_000), "http://h/filed"),
+        "project search/ix": Terms("search", Allowance(5 * 10**8, None), hook),
+        "project filed/ix": Terms("filed", Allowance(5 * 10**8, None), "http://h/filed"),
+        "project search/unmade": Terms("search", NO_BOUND, hook),
+        f"key {key[8:16]}": Terms("search", Allowance(None, 3 * 10**9), hook),
+        f"key {of_filed[8:16]}": Terms("filed", NO_BOUND, "http://h/filed"),
+        "tenant nobody": None, "project nobody/ix": None, "key 00000000": None, f"key {operators}": None,
+        "key ": None,
+    }  # fmt: skip
+    assert {account: office.directory.terms(account) for account in known} == known
+    await office.desk.update_tenant("search", TenantTerms(), given)
+    await office.desk.delete_project("search", "ix")
+    await office.desk.revoke_key(key[8:16])
+    await office.directory.refresh()
+    for account in ("tenant search", "project search/ix"):
+        assert office.directory.terms(account) == Terms("search", NO_BOUND, "")
+    assert office.directory.terms(f"key {key[8:16]}") is None
+    await office.desk.delete_tenant("search")
+    await office.directory.refresh()
+    assert office.directory.terms("tenant search") is None
+
+
+async def test_a_tenant_is_shown_with_what_it_spent(office: Office) -> None:
+    """Today and this month, by itself and by each of its projects, to the last digit; of no other time or tenant."""
+    await office.desk.set_project("search", "ix", Budget(budget_usd_per_day=Decimal(1)))
+    await office.desk.set_project("search", "web", Budget())
+    _, now_ms = await office.source.now()
+    today, month = spans_of(now_ms // 86_400_000)
+    rows = [
+        ("tenant search", today, 1), ("tenant search", month, 12_500_000_000), ("project search/ix", month, 10**9),
+        ("tenant search", "1999-01", 7), ("tenant searching", month, 7), ("tenant filed", today, 10**9),
+    ]  # fmt: skip
+    for account, span, nano_usd in rows:
+        await change(office.database, insert(spent).values(account=account, span=span, nano_usd=nano_usd))
+    shown, filed = await office.desk.tenant("search"), await office.desk.tenant("filed")
+    assert (shown["spent_usd_today"], shown["spent_usd_this_month"]) == ("0.000000001", "12.50")
+    assert [(each["name"], each["spent_usd_today"], each["spent_usd_this_month"]) for each in shown["projects"]] == [
+        ("ix", "0.00", "1.00"), ("web", "0.00", "0.00"),
+    ]  # fmt: skip
+    assert (filed["spent_usd_today"], filed["budget_usd_per_month"], filed["webhook_url"]) == (
+        "1.00", "2.50", "http://h/filed",
+    )  # fmt: skip
+
+
+async def test_every_tenant_has_a_webhook_secret_of_its_own(office: Office) -> None:
+    """The same whenever it is asked for, also of a configured one; nobody else has one."""
+    first = await office.desk.webhook_secret("search")
+    assert first == await office.desk.webhook_secret("search")
+    assert first["secret"] == webhook_secret(MasterSecret(NEW), "search")
+    assert (await office.desk.webhook_secret("filed"))["secret"] != first["secret"]
+    with pytest.raises(NotFound):
+        await office.desk.webhook_secret("nobody")
 
 
 async def test_keys_outlive_a_rotation_of_the_servers_secret(office: Office) -> None:

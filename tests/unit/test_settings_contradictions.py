@@ -47,6 +47,8 @@ CONTRADICTIONS = [
     ),
     (LOCAL + '[models.m]\ndeployments = ["local"]\ntokenizer = "estimate"', 5, "must be left off"),
     (LOCAL + '[models.m]\ndeployments = ["local"]\ndimensions = 384', 5, "must be left off"),
+    ("[server]\nport = 8081\nadmin_port = 8081", 3, "admin_port: is server.port already; name another one, or 0"),
+    ("[server]\nadmin_port = 8080", 2, "admin_port: is server.port already"),
     ('[server]\nhost = "0.0.0.0"', 2, "'0.0.0.0' can be reached from other machines, so callers need keys"),
     (
         '[tenants.a]\napi_key = "k"\n[tenants.b]\napi_key = ["j", "k"]',

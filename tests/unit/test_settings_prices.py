@@ -1,4 +1,4 @@
-"""What a token costs: as it is configured, to the last digit, else as the vendor publishes it, else unknown."""
+"""What a token costs, as configured, as published or unknown, and what may be spent: to the last digit."""
 
 from decimal import Decimal
 from pathlib import Path
@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.domain import NO_BOUND, Allowance
 from app.providers.cards import KNOWN_ON
-from app.settings import RemoteDeployment, describe, load
+from app.settings import RemoteDeployment, cautions, describe, load
 from tests.unit.configurations import SMALL, refusal
 
 DEPLOYMENT = '[deployments.d]\ndialect = "{}"\napi_key = "k"\nmodel = "{}"\n{}\n[models.m]\ndeployments = ["d"]\n'
@@ -96,3 +97,42 @@ def test_a_price_that_could_not_be_booked_as_stated_is_refused(write: Any, state
 def test_the_description_says_what_a_token_costs_and_who_says_so(write: Any, text: str, said: str) -> None:
     """Every digit of it, or that nobody knows."""
     assert said in describe(load(write(text), {}))
+
+
+@pytest.mark.parametrize(
+    ("text", "tenant", "told"),
+    [
+        (SMALL, "budget_usd_per_month = 1", True),
+        (SMALL, 'budget_usd_per_day = 1\nmodels = ["bge"]', True),
+        (SMALL, "budget_usd_per_day = 0", False),
+        (SMALL, "", False),
+        (SMALL.replace("[models", PRICED), "budget_usd_per_month = 1", False),
+        (SMALL + '[models.other]\ndeployments = ["main"]\ndimensions = 384\n',
+         'budget_usd_per_month = 1\nmodels = ["other"]', True),
+        (OPENAI.format("") + '[models.bge]\ndeployments = ["far"]\ndimensions = 384\n'
+         + SMALL.split("[models")[0].replace("main", "far"), 'budget_usd_per_month = 1\nmodels = ["m"]', False),
+    ],
+    ids=["unknown", "one model", "no bound", "no budget", "known", "another name", "another model"],
+)  # fmt: skip
+def test_a_budget_over_a_price_that_nobody_knows_is_told(write: Any, text: str, tenant: str, told: bool) -> None:
+    """Only where a tenant with a budget may use the model, and its price is unknown."""
+    settings = load(write(f'{text}[tenants.t]\napi_key = "k"\n{tenant}\n'), {})
+    said = [line for line in cautions(settings, KNOWN_ON) if "price" in line]
+    assert bool(said) is told
+    for line in said:
+        assert line.startswith("deployments.main.usd_per_million_tokens: the price is not known, so the budget of t ")
+
+
+def test_what_tenants_may_spend_is_exact_and_shown(write: Any) -> None:
+    """To the nano-dollar, 0 for no bound; of a webhook's URL the query is shown to nobody, for it may open it."""
+    hook = "https://example.com/hook?token=hunter2"
+    text = f'{SMALL}[tenants.t]\napi_key = "k"\nbudget_usd_per_day = 0.000000001\nwebhook_url = "{hook}"\n'
+    settings = load(write(text), {"EMBEDGATE_TENANTS__T__BUDGET_USD_PER_MONTH": "1234567.1"})
+    tenant = settings.tenants["t"].tenant("t")
+    assert (tenant.allowance, tenant.webhook_url) == (Allowance(1, 1_234_567_100_000_000), hook)
+    shown = describe(settings)
+    assert "budget_usd_per_month = 1234567.1" in shown
+    assert 'webhook_url = "https://example.com/hook?***"' in shown
+    assert load(write(shown), {}).tenants["t"].allowance == tenant.allowance
+    unbound = load(write(SMALL + '[tenants.t]\napi_key = "k"\nbudget_usd_per_day = 0\n'), {}).tenants["t"].tenant("t")
+    assert (unbound.allowance, unbound.webhook_url) == (NO_BOUND, "")

@@ -180,7 +180,18 @@ WRONG_VALUES = [
         "tenants.t.budget_usd_per_day: must be dollars from 0 to 9000000 with at most 9 decimals",
     ),
     (
+        '[tenants.t]\napi_key = "k"\nbudget_usd_per_month = 9000000.01',
+        "3",
+        "tenants.t.budget_usd_per_month: must be at most 9e+06",
+    ),
+    ('[tenants.t]\napi_key = "k"\nbudget_usd_per_day = -1', "3", "tenants.t.budget_usd_per_day: must be at least 0"),
+    (
         '[tenants.t]\napi_key = "k"\nwebhook_url = "ftp://x"',
+        "3",
+        "tenants.t.webhook_url: must be a URL such as https://example.com/hook, without credentials",
+    ),
+    (
+        '[tenants.t]\napi_key = "k"\nwebhook_url = "https://:word@x/hook"',
         "3",
         "tenants.t.webhook_url: must be a URL such as https://example.com/hook, without credentials",
     ),
@@ -188,7 +199,7 @@ WRONG_VALUES = [
     ('[stores]\ndatabase_url = "mysql://x"', "2", "stores.database_url: must be a URL that begins with postgresql://"),
     ('[stores]\ndata_dirs = "x"', "2", "stores.data_dirs: unknown key; did you mean 'data_dir'?"),
     ('[stores]\ndata_dir = ""', "2", "stores.data_dir: must not be empty"),
-    ("[bulk]\nx = 1", "1", "bulk: is not supported by this version yet"),
+    ("[tracing]\nx = 1", "1", "tracing: is not supported by this version yet"),
     ("[server]\nworkers = 4", "2", "server.workers: is not supported by this version yet"),
     ('[server]\nsecret = "env:X"', "2", "server.secret: the environment variable X is not set"),
     ('[cache]\nfloat16 = "yes"', "2", "cache.float16: must be true or false"),

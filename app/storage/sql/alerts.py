@@ -1,25 +1,25 @@
 """Hides how replicas agree which of them tells of a budget, and when a message that was not taken is sent again."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
-from sqlalchemy import ColumnElement, delete, select, update
+from sqlalchemy import ColumnElement, case, delete, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.storage.sql.database import Database
-from app.storage.sql.tables import alerts, insert, now_ms, untold
+from app.storage.sql.tables import alerts, insert, now_ms, spent, untold
 
 AGAIN_S: Final = (0, 10, 60, 300, 1800, 7200, 21_600, 86_400)
 """When a message is sent, in seconds from the alert; after the last time it is given up."""
 
 _WITHIN_S = 5.0
-_AT_ONCE = 32
+_MOST_DUE = 1000
 _DAY_MS = 86_400_000
 
 
 class Alert(NamedTuple):
-    """So many per cent of a budget were spent; `attempts` to tell were made with this one."""
+    """So many per cent of a budget were spent; so many attempts to tell of it were begun."""
 
     account: str
     span: str
@@ -56,14 +56,21 @@ class SqlAlerts:
 
         return await self._database.write(use, within_s=_WITHIN_S)
 
+    async def spent(self, spans: Collection[tuple[str, str]]) -> Mapping[tuple[str, str], int]:
+        """What was spent in spans of accounts, in nano-USD, as far as it was booked; 0 is left out."""
+        asked = select(spent).where(tuple_(spent.c.account, spent.c.span).in_(spans))
+        rows = await self._database.fetch(asked, {}, within_s=_WITHIN_S)
+        return {(row.account, row.span): row.nano_usd for row in rows}
+
     async def due(self) -> Sequence[Alert]:
-        """Those that are to be told now, each by nobody else for a while."""
-        open_ones = select(*_COLUMNS, now_ms.label("now_ms")).where(untold, alerts.c.attempts < len(AGAIN_S))
-        rows = await self._database.fetch(open_ones.order_by(alerts.c.at_ms).limit(1000), {}, within_s=_WITHIN_S)
-        ripe = [Alert(*[*row][:-1]) for row in rows if row.at_ms + 1000 * AGAIN_S[row.attempts] <= row.now_ms]
-        if not ripe:
-            return []
-        return await self._database.write(partial(_claim, wanted=ripe[:_AT_ONCE]), within_s=_WITHIN_S)
+        """Those that are to be told now, those first that were tried least: who takes nothing is in nobody's way."""
+        order = (alerts.c.attempts, alerts.c.at_ms, alerts.c.percent)
+        ripe = select(*_COLUMNS).where(untold, now_ms >= _NEXT_MS).order_by(*order).limit(_MOST_DUE)
+        return [Alert._make(row) for row in await self._database.fetch(ripe, {}, within_s=_WITHIN_S)]
+
+    async def claim(self, wanted: Collection[Alert]) -> Sequence[Alert]:
+        """Those of them that nobody else tells now, with one more attempt."""
+        return await self._database.write(partial(_claim, wanted=sorted(wanted)), within_s=_WITHIN_S)
 
     async def delivered(self, alert: Alert) -> None:
         """It need not be told again."""
@@ -77,23 +84,26 @@ class SqlAlerts:
 
 
 _COLUMNS = tuple(alerts.c[name] for name in Alert._fields)
+_NEXT_MS = alerts.c.at_ms + case({made: 1000 * rest_s for made, rest_s in enumerate(AGAIN_S)}, value=alerts.c.attempts)
+"""When the next attempt is due; NULL after the last one."""
 
 
 def _is(alert: Alert) -> ColumnElement[bool]:
+    """One of a budget that was raised meanwhile is another one."""
     return (
         (alerts.c.account == alert.account)
         & (alerts.c.span == alert.span)
         & (alerts.c.percent == alert.percent)
-        & (alerts.c.attempts == alert.attempts)
+        & (alerts.c.budget_nano_usd == alert.budget_nano_usd)
     )
 
 
 async def _claim(connection: AsyncConnection, wanted: Sequence[Alert]) -> list[Alert]:
-    """Those whose attempt nobody else has made meanwhile."""
     mine = []
     for alert in wanted:
         counted = alert._replace(attempts=alert.attempts + 1)
-        taken = update(alerts).where(_is(alert) & untold).values(attempts=counted.attempts)
+        still = untold & (alerts.c.attempts == alert.attempts)
+        taken = update(alerts).where(_is(alert) & still).values(attempts=counted.attempts)
         if (await connection.execute(taken)).rowcount:
             mine.append(counted)
     return mine

@@ -63,10 +63,11 @@ class KeyRecord(msgspec.Struct, frozen=True, gc=False):
 
 
 class News(msgspec.Struct, frozen=True):
-    """What changed up to `version`; a key was ever made for a tenant if `keyed`."""
+    """What changed up to `version`; a key was ever made for a tenant if `keyed`, for operators if `operated`."""
 
     version: int
     keyed: bool
+    operated: bool
     tenants: Sequence[TenantRecord]
     projects: Sequence[ProjectRecord]
     keys: Sequence[KeyRecord]
@@ -97,11 +98,11 @@ class SqlDirectory:
 
         async def look(connection: AsyncConnection) -> News:
             newest = (await connection.execute(_NOW)).one().version  # first: what comes meanwhile is seen again
-            keyed = (await connection.execute(_KEYED)).first() is not None
+            keyed, operated = [(await connection.execute(each)).first() is not None for each in (_KEYED, _OPERATED)]
             made = [_tenant(row) for row in await connection.execute(_changed(tenants, version))]
             parts = [_project(row) for row in await connection.execute(_changed(projects, version))]
             keys = [_key(row) for row in await connection.execute(_changed(api_keys, version))]
-            return News(newest, keyed, made, parts, keys)
+            return News(newest, keyed, operated, made, parts, keys)
 
         return await self._database.read(look, within_s=_LOAD_S)
 
@@ -266,6 +267,7 @@ class SqlDirectory:
 _NEWEST = select(counters.c.number).where(counters.c.name == _COUNTER).scalar_subquery()
 _NOW = select(func.coalesce(_NEWEST, 0).label("version"), now_ms.label("at_ms"))
 _KEYED = select(literal(1)).where(api_keys.c.tenant != "").limit(1)
+_OPERATED = select(literal(1)).where(api_keys.c.tenant == "").limit(1)
 
 
 def _changed(table: Table, version: int) -> Select[Any]:
