@@ -139,7 +139,8 @@ class EmbeddingResult(msgspec.Struct, frozen=True, eq=False):
     `tokens` is the sum over all texts, bought or not. `cache_hits + bought + joined == len(vectors)`, where `joined`
     counts texts that were already in flight or repeated in the request. `deployments` are those that answered, in
     order of first use; `queue_s` is the longest wait of a text before its call left; `batch_items` the size of the
-    largest batch that carried one. `model` names who answered when that was not the model asked for.
+    largest batch that carried one; `calls` what of all calls was for this request, `cost_nano_usd` about what they
+    cost, None where that is not known. `model` names who answered when that was not the model asked for.
     """
 
     vectors: list[bytes]
@@ -150,6 +151,8 @@ class EmbeddingResult(msgspec.Struct, frozen=True, eq=False):
     deployments: tuple[str, ...] = ()
     queue_s: float = 0.0
     batch_items: int = 0
+    calls: float = 0.0
+    cost_nano_usd: int | None = 0
     model: str | None = None
 
 

@@ -46,7 +46,27 @@ class RejectedInput(EmbedgateError):
 
 
 class NotFound(EmbedgateError):
-    """What the request names does not exist, or not for this caller."""
+    """What the request names does not exist, or not for this caller; `param` is the field that names it."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = "not_found") -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class Conflict(EmbedgateError):
+    """What is asked for cannot be, as things stand; asking again does not help. `code` is the stable machine word."""
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class IdempotencyMismatch(EmbedgateError):
+    """The idempotency key was used before, for something else."""
+
+    def __init__(self) -> None:
+        super().__init__("This Idempotency-Key was used with another request body.")
 
 
 # ── change the key ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -68,6 +88,10 @@ class InsufficientScope(EmbedgateError):
 
 
 # ── ask for a larger budget ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class BatchLimitExceeded(EmbedgateError):
+    """The tenant has as many open batches, or as many bytes of files, as it may."""
 
 
 class BudgetExhausted(EmbedgateError):

@@ -13,8 +13,10 @@ from pydantic import SecretStr
 
 from app.domain import Limits
 from app.errors import ConfigurationError
+from app.job_ports import Blobs
 from app.ports import Limiter
 from app.settings import Settings
+from app.storage.blobs import open_blobs
 from app.storage.budgets import SharedBudgets
 from app.storage.journal import Journal
 from app.storage.ledger import BookedLedger
@@ -32,6 +34,7 @@ from app.storage.sql.cache import SqlLevel
 from app.storage.sql.database import Database, DatabaseDown
 from app.storage.sql.directory import SqlDirectory
 from app.storage.sql.epochs import SqlEpochs
+from app.storage.sql.jobs import SqlJobs
 from app.storage.sql.landmarks import SqlLandmarks
 from app.storage.sql.ledger import SqlLedger
 from app.storage.sql.migrations import migrate
@@ -76,10 +79,12 @@ class Stores:
         self.cache: TieredCache
         self.budgets: SharedBudgets
         self.ledger: BookedLedger
+        self.blobs: Blobs
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             self.secret = await asyncio.to_thread(master_secret, self._settings)
+            self.blobs = await asyncio.to_thread(open_blobs, self._settings.bulk.blobs, _data_dir(self._settings))
             self.database = await stack.enter_async_context(
                 open_database(self._settings, serves=self._serves, on_change=partial(self._changed, "database"))
             )
@@ -129,6 +134,11 @@ class Stores:
     def alerts(self) -> SqlAlerts:
         """What was told of budgets."""
         return SqlAlerts(self.database)
+
+    @property
+    def jobs(self) -> SqlJobs:
+        """Files and jobs, and who works on them."""
+        return SqlJobs(self.database, ready=lambda: self._prepared)
 
     @property
     def usage(self) -> SqlUsage:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import orjson
 
 from app.errors import (
+    BatchLimitExceeded,
     BudgetExhausted,
+    Conflict,
     DeadlineExceeded,
     EmbedgateError,
+    IdempotencyMismatch,
     InsufficientScope,
     InternalError,
     InvalidRequest,
@@ -28,6 +31,7 @@ from app.errors import (
 
 Header = tuple[bytes, bytes]
 
+_NEVER = ((b"x-should-retry", b"false"),)
 _INVALID, _OURS, _LATER = "invalid_request_error", "server_error", "service_unavailable_error"
 _LONGEST_WAIT_S = 60.0
 _JITTER = 0.2
@@ -139,7 +143,7 @@ def _wait(retry_after_s: float) -> tuple[Header, Header]:
 
 def _limited(error: RateLimited) -> _Face:
     if error.retry_after_s is None:
-        return 429, error.kind, None, error.code, ((b"x-should-retry", b"false"),)
+        return 429, error.kind, None, error.code, _NEVER
     return 429, error.kind, None, error.code, _wait(error.retry_after_s)
 
 
@@ -152,17 +156,14 @@ _FACES: dict[type[EmbedgateError], Callable[..., _Face]] = {
     InvalidRequest: _invalid,
     UnknownModel: lambda _: (404, _INVALID, None, "model_not_found", ()),
     RejectedInput: lambda _: (400, _INVALID, "input", "upstream_rejected_input", ()),
-    NotFound: lambda _: (404, _INVALID, None, "not_found", ()),
+    NotFound: lambda error: (404, _INVALID, error.param, error.code, ()),
+    Conflict: lambda error: (409, _INVALID, None, error.code, _NEVER),
+    IdempotencyMismatch: lambda _: (422, _INVALID, None, "idempotency_mismatch", ()),
+    BatchLimitExceeded: lambda _: (429, "requests", None, "batch_limit_exceeded", _NEVER),
     Unauthenticated: _unauthenticated,
     InsufficientScope: lambda _: (403, _INVALID, None, "insufficient_scope", ()),
     RateLimited: _limited,
-    BudgetExhausted: lambda _: (
-        429,
-        "insufficient_quota",
-        None,
-        "insufficient_quota",
-        ((b"x-should-retry", b"false"),),
-    ),
+    BudgetExhausted: lambda _: (429, "insufficient_quota", None, "insufficient_quota", _NEVER),
     Overloaded: _later("server_is_overloaded"),
     ProviderUnavailable: _later("provider_unavailable"),
     ShuttingDown: _later("shutting_down", _CLOSE),

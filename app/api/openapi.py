@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 
-from app.api import wire
+from app.api import batch_wire, file_wire, wire
 from app.api.exchange import MOST_BODY_BYTES
 from app.tenant_desk import Budget, NewKey, NewTenant, Rotation, TenantTerms
 
@@ -321,32 +321,47 @@ _KINDS = (NewTenant, TenantTerms, Budget, NewKey, Rotation)
 _, _BODIES = msgspec.json.schema_components(_KINDS, ref_template="#/components/schemas/{name}")
 
 
+def _row(kind: type, **more: _Schema) -> _Schema:
+    """What operators are shown of a thing: what it was made from, and more."""
+    usd = {"type": ["string", "null"], "description": "In dollars, exactly; null: no bound."}
+    given = {name: usd if "usd" in name else field for name, field in _BODIES[kind.__name__]["properties"].items()}
+    return {"type": "object", "properties": {"object": {"type": "string"}, **given, **more}}
+
+
+_NAME = {"type": "string"}
+_BOOKED = {f"spent_usd_{span}": {"type": "string", "description": "By UTC."} for span in ("today", "this_month")}
+_PROJECTS = {"type": "array", "items": {"$ref": "#/components/schemas/Project"}}
+_SHOWN = {
+    "Tenant": _row(NewTenant, **_BOOKED, projects=_PROJECTS, created_at=_NAME, configured={"type": "boolean"}),
+    "Project": _row(Budget, tenant=_NAME, name=_NAME, **_BOOKED),
+    "WebhookSecret": {"type": "object", "properties": dict.fromkeys(("object", "tenant", "secret"), _NAME)},
+}
 _ROWS: list[_Schema] = [
     {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 1000}},
     {"name": "after", "in": "query", "schema": {"type": "string"}, "description": "Name or id of the last row."},
 ]
 
 
-def _desk(name: str, description: str, body: type | None = None, *parameters: _Schema) -> _Schema:
+def _desk(name: str, says: str, body: type | None = None, *parameters: _Schema, shown: str = "Object") -> _Schema:
     extra: _Schema = {"security": _ADMIN, "parameters": [*parameters]}
     if body is not None:
         schema = {"$ref": f"#/components/schemas/{body.__name__}"}
         extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     answers = {
-        200: _json(description, "Object"), 400: _error("The request is not understood."), 401: _NO_KEY,
+        200: _json(says, shown), 400: _error("The request is not understood."), 401: _NO_KEY,
         404: _error("There is no such thing."), 503: _UNAVAILABLE,
     }  # fmt: skip
     return {"operation_id": name, "responses": answers, "openapi_extra": extra}
 
 
 TENANTS = _desk("listTenants", "Tenants by name.", None, *_ROWS)
-TENANT_CREATE = _desk("createTenant", "The tenant.", NewTenant)
-TENANT = _desk("retrieveTenant", "The tenant and its projects.")
-TENANT_WEBHOOK_SECRET = _desk("retrieveWebhookSecret", "What libraries for Standard Webhooks check messages with.")
-TENANT_UPDATE = _desk("updateTenant", "The tenant.", TenantTerms)
+TENANT_CREATE = _desk("createTenant", "The tenant.", NewTenant, shown="Tenant")
+TENANT = _desk("retrieveTenant", "The tenant and its projects, and what they spent.", shown="Tenant")
+TENANT_WEBHOOK_SECRET = _desk("retrieveWebhookSecret", "What verifies its webhooks.", shown="WebhookSecret")
+TENANT_UPDATE = _desk("updateTenant", "The tenant.", TenantTerms, shown="Tenant")
 TENANT_DELETE = _desk("deleteTenant", "That it is deleted.")
-PROJECT = _desk("retrieveProject", "The project.")
-PROJECT_SET = _desk("setProject", "The project.", Budget)
+PROJECT = _desk("retrieveProject", "The project.", shown="Project")
+PROJECT_SET = _desk("setProject", "The project.", Budget, shown="Project")
 PROJECT_DELETE = _desk("deleteProject", "That it is deleted.")
 KEYS = _desk(
     "listKeys", "Keys by public id.", None,
@@ -357,25 +372,86 @@ KEY_ROTATE = _desk("rotateKey", "The key with its new secret.", Rotation)
 KEY_REVOKE = _desk("revokeKey", "The key as it ended.")
 
 
-def complete(api: FastAPI) -> None:
-    """Makes `api` describe the embeddings route, the errors and the keys too; every document it gives has them."""
+def _batch(
+    name: str, says: str, *parameters: _Schema, shown: str = "Batch", more: _Schema | None = None
+) -> _Schema:  # fmt: skip
+    answers = {
+        200: _json(says, shown), 400: _error("The request is not understood; `param` says where."), 401: _NO_KEY,
+        403: _error("The key is not made for this: it lacks the scope `batch`."),
+        404: _error("There is no such thing for you."), 503: _UNAVAILABLE,
+    }  # fmt: skip
+    extra = {"security": _KEYED, "parameters": [*parameters], **(more or {})}
+    return {"operation_id": name, "responses": answers, "openapi_extra": extra}
+
+
+BATCH_CREATE = _batch(
+    "createBatch", "The batch.",
+    {"name": "idempotency-key", "in": "header", "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+     "description": "Asked again with the same key and body, it is the batch of before."},
+    *[parameter for parameter in _CREATE["parameters"] if parameter["name"] == "x-embedgate-project"],
+    more={"requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/BatchRequest"}}},
+    }},
+)  # fmt: skip
+BATCH_CREATE["responses"] |= {
+    422: _error("The idempotency key came with another body."), 429: _error("Too many batches are open."),
+}  # fmt: skip
+BATCHES = _batch(
+    "listBatches", "Batches, the newest first.",
+    {"name": "limit", "in": "query", "schema": batch_wire.PAGE_SCHEMA},
+    {"name": "after", "in": "query", "schema": {"type": "string"}, "description": "The last id of the page before."},
+    shown="BatchList",
+)  # fmt: skip
+BATCH = _batch("retrieveBatch", "The batch.")
+BATCH_CANCEL = _batch("cancelBatch", "The batch, which will be `cancelled`.")
+BATCH_CANCEL["responses"][409] = _error("It has ended.")
+BATCH_EVENTS = _batch("followBatch", "Events `batch` with the batch as data, until it has ended.")
+BATCH_EVENTS["responses"][200]["content"] = {"text/event-stream": {}}
+BATCH_EVENTS["responses"][429] = _error("Too many batches are followed at once.", _WAIT)
+
+FILE_CREATE = _batch(
+    "createFile", "The file.", shown="File",
+    more={"requestBody": {
+        "required": True,
+        "content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/FileRequest"}}},
+    }},
+)  # fmt: skip
+FILE_CREATE["responses"] |= {
+    413: _error("The file is too large; the connection is closed."), 415: _error("It is compressed."),
+    429: _error("Your files would take more bytes than they may."),
+}  # fmt: skip
+FILES = _batch("listFiles", "Files, the newest first.", *file_wire.PAGE, shown="FileList")
+FILE = _batch("retrieveFile", "The file.", shown="File")
+FILE_CONTENT = _batch("downloadFile", "Its bytes.")
+FILE_CONTENT["responses"][200]["content"] = {"application/octet-stream": {}}
+FILE_DELETE = _batch("deleteFile", "That it is deleted.", shown="FileDeleted")
+FILE_DELETE["responses"][409] = _error("A batch that has not ended reads it.")
+
+
+def complete(api: FastAPI, *, embeds: bool) -> None:
+    """Makes `api` describe the errors and the keys too, and the embeddings route if it `embeds`; in every document."""
     described = api.openapi
 
     def document() -> _Schema:
         found = described()
-        found["paths"]["/v1/embeddings"] = {"post": _CREATE}
+        if embeds:
+            found["paths"]["/v1/embeddings"] = {"post": _CREATE}
         for methods in found["paths"].values():
             for operation in methods.values():
-                operation["responses"].pop("422", None)  # the framework's; nothing here answers so
+                if operation["responses"].get("422", {}).get("description") == "Validation Error":
+                    del operation["responses"]["422"]  # the framework's; nothing here answers so
         found["components"] = {
             "schemas": {
                 "EmbeddingRequest": _REQUEST, "EmbeddingResponse": _RESPONSE, "Embedding": _EMBEDDING,
                 "Model": _MODEL, "ModelList": _MODEL_LIST, "Status": _STATUS, "Error": _ERROR,
-                "Counts": _COUNTS, "UsageList": _USAGE_LIST, "Object": {"type": "object"}, **_BODIES,
+                "Counts": _COUNTS, "UsageList": _USAGE_LIST, "Object": {"type": "object"}, **_BODIES, **_SHOWN,
+                **batch_wire.SCHEMAS, **file_wire.SCHEMAS,
             },
             "securitySchemes": {
                 "ApiKey": {"type": "http", "scheme": "bearer", "description": "Needed if any key is configured."},
-                "AdminKey": {"type": "http", "scheme": "bearer", "description": "Needed unless on loopback."},
+                "AdminKey": {"type": "http", "scheme": "bearer",
+                             "description": "Needed unless on loopback, or on an admin port while there is none."},
             },
         }  # fmt: skip
         return found

@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from app import __version__
-from app.api import admin, admin_tenants, openapi, usage
+from app.api import admin, admin_tenants, batches, files, openapi, usage
 from app.api.auth import Attempts, Keys
 from app.api.errors import HttpRefusal, NotReady, method_not_allowed, reply_to, unknown_url
 from app.domain import Route, Tenant
@@ -16,20 +16,43 @@ from app.errors import EmbedgateError, RateLimited, Unauthenticated, UnknownMode
 from app.runtime import Runtime
 
 
-def framework(runtime: Runtime, keys: Keys, attempts: Attempts) -> FastAPI:
-    """A FastAPI application with every route but the hot one; its errors have our envelope."""
+def for_callers(runtime: Runtime, keys: Keys, attempts: Attempts) -> FastAPI:
+    """Every route of the main port but the hot one: operators' too, unless these have a port of their own."""
+    api = _framework(runtime, attempts)
+    _add_models(api, runtime, keys)
+    usage.add(api, runtime, partial(usage.whose, keys))
+    files.add(api, runtime, keys)
+    batches.add(api, runtime, keys)
+    if not runtime.settings.server.admin_port:
+        _add_operations(api, runtime)
+    openapi.complete(api, embeds=True)
+    return api
+
+
+def for_operators(runtime: Runtime, attempts: Attempts) -> FastAPI:
+    """Every route of the admin port; what was spent is told there as operators see it."""
+    api = _framework(runtime, attempts)
+    usage.add(api, runtime, admin.admin_only(runtime))
+    _add_operations(api, runtime)
+    openapi.complete(api, embeds=False)
+    return api
+
+
+def _framework(runtime: Runtime, attempts: Attempts) -> FastAPI:
+    """A FastAPI application with the probes, whose errors have our envelope."""
     api = FastAPI(title="embedgate", version=__version__, redoc_url=None, redirect_slashes=False)
     api.add_exception_handler(HTTPException, _as_refusal)
     api.add_exception_handler(EmbedgateError, _as_reply)
     api.add_exception_handler(Unauthenticated, partial(_as_failed_attempt, attempts))
-    _add_models(api, runtime, keys)
     _add_probes(api, runtime)
+    return api
+
+
+def _add_operations(api: FastAPI, runtime: Runtime) -> None:
     _add_metrics(api, runtime)
     admin.add(api, runtime)
     admin_tenants.add(api, runtime)
-    usage.add(api, runtime, keys)
-    openapi.complete(api)
-    return api
+    usage.add_unconfirmed(api, runtime)
 
 
 def _add_models(api: FastAPI, runtime: Runtime, keys: Keys) -> None:
@@ -75,7 +98,7 @@ def _add_metrics(api: FastAPI, runtime: Runtime) -> None:
 
     @api.get("/metrics", **openapi.METRICS)
     async def metrics(request: Request) -> Response:
-        """Prometheus metrics: free on loopback, elsewhere for the admin key."""
+        """Prometheus metrics, for operators."""
         check(request)
         return Response(generate_latest(runtime.telemetry.registry), media_type=CONTENT_TYPE_LATEST)
 

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from types import FrameType
 from typing import cast
@@ -18,6 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from app import __version__
+from app.api import bulk
 from app.api.app import create_app
 from app.api.corked import CorkedTransport
 from app.api.errors import malformed_http, reply_to
@@ -45,11 +46,13 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
     served or the port is taken.
     """
     server = settings.server
-    with listening(server.host, server.port) as listener:
-        async with Runtime(settings) as runtime, runtime.canary:
+    ports = [server.port, *filter(None, [server.admin_port])]
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(listening(server.host, port)) for port in ports]
+        async with Runtime(settings) as runtime, runtime.canary, bulk.working(runtime):
             _shorten_pauses()
             runtime.tell_retirements()
-            await EdgeServer(runtime, on_ready).serve([listener])
+            await EdgeServer(runtime, on_ready).serve(listeners)
             runtime.telemetry.service_changed("stopped")
 
 
@@ -108,13 +111,12 @@ class EdgeServer(uvicorn.Server):
         self.drain()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Tells the base URL once the socket is served."""
+        """Tells the base URL, of the first socket, once all are served; the second is operators'."""
         await super().startup(sockets)
-        for listener in sockets or []:
-            host, port = listener.getsockname()[:2]
-            base_url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
-            self._runtime.telemetry.service_changed("started", version=__version__, base_url=base_url)
-            self._on_ready(base_url)
+        main, *admin = [_url(listener) for listener in sockets or []]
+        base_url, named = f"{main}/v1", {"admin_url": admin[0]} if admin else {}
+        self._runtime.telemetry.service_changed("started", version=__version__, base_url=base_url, **named)
+        self._on_ready(base_url)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -129,6 +131,11 @@ class EdgeServer(uvicorn.Server):
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class _HeadTooLarge(Exception):

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from app import __version__
-from app.cli import cache, keys, tenants, usage
+from app.cli import cache, jobs, keys, tenants, usage
 from app.cli.running import Config, run, with_examples
 from app.domain import Route
 from app.errors import ConfigurationError
@@ -63,6 +63,7 @@ command.add_typer(cache.commands, name="cache")
 command.add_typer(tenants.commands, name="tenants")
 command.add_typer(tenants.projects, name="projects")
 command.add_typer(keys.commands, name="keys")
+command.add_typer(jobs.commands, name="jobs")
 command.command(help=usage.HELP)(usage.usage)
 
 _CHECK = """
@@ -91,6 +92,15 @@ its dimensions.
 With --json, a line with "deployments" is served, a line with "dialect" is of the catalog:
 
     embedgate models --json | jq 'select(.dialect == "voyage")'
+"""
+
+
+_WORKER = """
+Work on files of requests and nothing else, beside servers that share its database and Redis: so bulk work grows apart
+from serving. Servers work on jobs, too, unless `bulk.tasks` is 0 there:
+
+    embedgate worker --config embedgate.toml
+    EMBEDGATE_BULK__TASKS=8 embedgate worker
 """
 
 
@@ -134,6 +144,16 @@ def serve(
     from app.api import server  # only now, so that --help and refusals come fast
 
     run(lambda: server.serve(settings, lambda base_url: _announce(settings, base_url)))
+
+
+@command.command(help=with_examples(_WORKER))
+def worker(config: Config = None) -> None:
+    """See `_WORKER`."""
+    settings = load(find(config, os.environ), os.environ)
+    from app.api import bulk  # only now: see `serve`
+
+    served = ", ".join(settings.models)
+    run(lambda: bulk.work(settings, lambda: print(f"embedgate {__version__} works on jobs for {served}", flush=True)))
 
 
 @command.command(help=with_examples(_CHECK))
@@ -216,9 +236,11 @@ def _announce(settings: Settings, base_url: str) -> None:
     served = ", ".join(f"{name} ({' > '.join(model.deployments)})" for name, model in settings.models.items())
     key = ' -H "authorization: Bearer $API_KEY"' if settings.tenants else ""
     body = json.dumps({"model": next(iter(settings.models)), "input": "hello"})
+    admin_port, own = settings.server.admin_port, base_url.rpartition(":")[0]
     print(
         f"embedgate {__version__} serves {served}",
         f"base URL  {base_url}",
+        *([f"operators {own}:{admin_port}, for /metrics, /admin and everybody's /v1/usage"] if admin_port else []),
         f"try       curl {base_url}/embeddings{key} -H 'content-type: application/json' -d '{body}'",
         sep="\n",
         flush=True,

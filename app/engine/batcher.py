@@ -18,6 +18,8 @@ from app.errors import EmbedgateError, InternalError
 from app.ports import Cache
 from app.telemetry import Telemetry
 
+_BULK_WINDOW_S, _BULK_LOOK_S = 0.05, 0.005
+
 
 class CrashLog:
     """Remembers the bugs of the last minute: three of them say that this process is not well."""
@@ -141,6 +143,7 @@ class Batcher:
         """
         if slot.wish.back is not None:
             return "retry"
+        await self._gather_bulk(slot)
         gate = slot.gate
         until = slot.wish.head.queued_at + gate.deployment.limits.window_s
         while gate.in_flight > 1 and not self.queue.holds(gate.most_items, gate.most_tokens):
@@ -148,6 +151,12 @@ class Batcher:
                 return "window"
             await self._bell.wait(left_s)
         return "idle"
+
+    async def _gather_bulk(self, slot: Slot) -> None:
+        """Nobody waits for bulk texts: a call of few tokens waits a moment for more, though nothing is under way."""
+        until = slot.wish.head.queued_at + _BULK_WINDOW_S
+        while self.queue.has_little(self.dispatcher.bulk_tokens(slot.gate)) and self._clock() < until:
+            await self._bell.wait(_BULK_LOOK_S)
 
     async def _use(self, permit: Permit, reason: str) -> None:
         """Lets a batch fly; a permit that turns out to be of no use is given back."""

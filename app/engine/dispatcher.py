@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from app import money, vectors
-from app.domain import Cause, Priority, Space
+from app.domain import Cause, Priority, Route, Space
 from app.engine.breaker import Pass
 from app.engine.budget import Budget, Fare
 from app.engine.calls import OWN, Calls
@@ -37,6 +37,8 @@ from app.ports import Claim, Grant, Ledger, Limiter, NotYet, Part, Reply, Stated
 from app.telemetry import Telemetry
 
 _HARMLESS, _HARMLESS_TOKENS = "hello", 8
+
+_BULK_PARTS = 20  # into which a minute's quota falls at least, however few tokens it is
 
 LEAST_ATTEMPT_S = 1.0
 """The shortest time that a call gets for its answer, unless the deployment's own `timeout_s` is shorter."""
@@ -71,7 +73,7 @@ class Returned:
 
 
 class Dispatcher:
-    """Serves one Space from its deployments; see `Roster` for `spread` and `spill_s`."""
+    """Serves one Space from the deployments of a `route`; see `Roster` for how it chooses."""
 
     def __init__(
         self,
@@ -85,21 +87,28 @@ class Dispatcher:
         *,
         clock: Callable[[], float],
         rng: random.Random,
-        spread: bool = False,
-        spill_s: float = math.inf,
+        route: Route,
         several_tenants: bool = False,
+        bulk_min_tokens: int = 0,
     ) -> None:
         self._space = space
         self._limiter = limiter
         self._budget = budget
         self._calls = Calls(limiter, ledger, bell, clock=clock)
         self._roster = Roster(
-            space, gates, clock=clock, spread=spread, spill_s=spill_s, several_tenants=several_tenants
+            space, gates, clock=clock, spread=route.spread, spill_s=route.spill_s, several_tenants=several_tenants
         )  # fmt: skip
         self._bell = bell
         self._telemetry = telemetry
         self._clock = clock
         self._rng = rng
+        self._bulk_min_tokens = bulk_min_tokens
+
+    def bulk_tokens(self, gate: Gate) -> int:
+        """How many tokens, as we count, a call for bulk texts should carry at least, if so many wait."""
+        per_minute = gate.deployment.limits.tokens_per_minute
+        least = min(self._bulk_min_tokens, per_minute // _BULK_PARTS) if per_minute else self._bulk_min_tokens
+        return min(gate.unweigh(least), gate.most_tokens)
 
     def outage_s(self) -> float | None:
         """Seconds until the earliest probe when every deployment is out; None while one can be asked."""
@@ -147,8 +156,11 @@ class Dispatcher:
     def _claim(self, gate: Gate, wish: Demand, *, paced: bool) -> Claim:
         most = max(wish.head.tokens, min(wish.tokens, gate.most_tokens))
         texts = min(wish.items, gate.most_items) if gate.deployment.limits.counts_texts else 1
-        least = gate.weigh(wish.head.tokens)
-        return Claim(gate.name, least, gate.weigh(most), wish.priority, 1, texts, paced=paced, rank=wish.rank)
+        least = wish.head.tokens
+        if wish.priority is Priority.BULK:
+            least = max(least, min(wish.tokens, self.bulk_tokens(gate)))
+        least, most = gate.weigh(least), gate.weigh(most)
+        return Claim(gate.name, least, most, wish.priority, 1, texts, paced=paced, rank=wish.rank)
 
     def _fit(self, gate: Gate, wish: Demand, grant: Grant, *, probing: bool) -> Fit:
         limits = gate.deployment.limits

@@ -36,8 +36,8 @@ _LOOK_S = 0.25
 class EngineParts:
     """What the engine works with; `gates` are by deployment name.
 
-    `secret` keys the cache; what is kept under `older_secrets` is found, too. `several_tenants` share the quotas;
-    `shares` is how other replicas hear whom this one served.
+    `bulk_min_tokens` are worth a call for bulk texts. `secret` keys the cache; what is kept under `older_secrets` is
+    found, too. `several_tenants` share the quotas; `shares` is how other replicas hear whom this one served.
     """
 
     cache: Cache
@@ -49,6 +49,7 @@ class EngineParts:
     secret: bytes
     older_secrets: Sequence[bytes] = ()
     bulk_share: float = 0.05
+    bulk_min_tokens: int = 0
     several_tenants: bool = False
     shares: Shares | None = None
 
@@ -197,11 +198,13 @@ class Gateway:
         self._join_windows(plan.space, measured, windows, have)
         merged = [have[key] for key in keys]
         joined = len(keys) - hits - len({parts[key].of for key in new})
+        bought = [answers[key] for key in new]
         result = _result(plan, merged, cache_hits=hits, joined=joined, answers=answers.values())
         if hits or joined:
-            bought_tokens = sum(answers[key].tokens for key in new)
-            self._tell_spared(plan, hits, joined, max(0, result.tokens - bought_tokens))
-        return result
+            spared_tokens = result.tokens - sum(answer.tokens for answer in bought)
+            self._tell_spared(plan, hits, joined, max(0, spared_tokens))
+        calls = sum(1 / answer.batch_items for answer in bought)
+        return msgspec.structs.replace(result, calls=calls, cost_nano_usd=_cost(plan.route, bought))
 
     def _tell_spared(self, plan: Plan, hits: int, joined: int, tokens: int) -> None:
         """What the caller got without a purchase of its own, at the price of whoever serves first."""
@@ -315,8 +318,8 @@ class Gateway:
             queue = WorkQueue(self._bound, telemetry, clock=clock, bulk_share=parts.bulk_share, ring=bell.ring)
             dispatcher = Dispatcher(
                 space, gates, parts.limiter, parts.ledger, self._budget, bell, telemetry,
-                clock=clock, rng=self._rng, spread=route.spread, spill_s=route.spill_s,
-                several_tenants=parts.several_tenants,
+                clock=clock, rng=self._rng, route=route,
+                several_tenants=parts.several_tenants, bulk_min_tokens=parts.bulk_min_tokens,
             )  # fmt: skip
             batcher = Batcher(
                 space, queue, dispatcher, parts.cache, bell, self._crashes, telemetry, tasks=self._tasks, clock=clock
@@ -362,6 +365,17 @@ def _parts_of(measured: Mapping[bytes, Sized], windows: Mapping[bytes, Sequence[
         for name, window in zip(windows.get(key, (key,)), sized.windows or (sized,), strict=True):
             parts.setdefault(name, _Part(window, key))
     return parts
+
+
+def _cost(route: Route, bought: Sequence[Answer]) -> int | None:
+    """What the calls cost that brought these, by the tokens that were billed; None where a price is not known."""
+    prices = {deployment.name: deployment.price for deployment in route.deployments}
+    pico_usd = 0
+    for answer in bought:
+        if (price := prices[answer.deployment]) is None:
+            return None
+        pico_usd += answer.tokens * price
+    return pico_usd // 1000
 
 
 def _failed(future: asyncio.Future[Answer]) -> bool:

@@ -168,6 +168,10 @@ class WorkQueue:
         self._wanted_items, self._wanted_tokens = items, tokens
         return self._is_enough()
 
+    def has_little(self, tokens: int) -> bool:
+        """Whether nothing but bulk texts of fewer tokens waits."""
+        return self._highest() is Priority.BULK and sum(self._tokens_by_priority) < tokens
+
     def demands(self) -> list[Demand]:
         """What could go next, first come first: each group that came back, then what the lanes begin with."""
         self._returned = [back for back in self._returned if self._head(back) is not None]

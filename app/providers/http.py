@@ -5,7 +5,8 @@ import functools
 import ssl
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
@@ -35,13 +36,21 @@ class Pool(NamedTuple):
     waiting: int
 
 
+class Upload(NamedTuple):
+    """A body that is made while it is sent, its exact size, and the headers that it needs."""
+
+    pieces: AsyncIterator[bytes]
+    size_bytes: int
+    headers: Mapping[str, str]
+
+
 class Endpoint:
-    """Posts JSON to one provider over at most `max_connections` kept-alive connections.
+    """Exchanges JSON and files with one provider over at most `max_connections` kept-alive connections.
 
     Redirects are not followed, nothing is retried and cookies are not kept. Nothing of the environment is used, except
     its proxies (as they are now) with `proxy_from_environment`. `headers` go with every call. `connect_timeout_s` is
     for a connection with its TLS, `read_timeout_s` for the provider's silence. Raises ConfigurationError for headers
-    that HTTP cannot carry and proxies that cannot be used.
+    that HTTP cannot carry and proxies that cannot be used. `version` is the last part of the base URL's path.
     """
 
     def __init__(
@@ -64,7 +73,9 @@ class Endpoint:
         self._on_opened = on_opened
         self._connector: _Connector | None = None
         self._exchanges = 0
-        self._url = functools.cache(httpx.URL(base_url.rstrip("/") + "/").join)
+        base = httpx.URL(base_url.rstrip("/") + "/")
+        self.version = base.path.rstrip("/").rpartition("/")[2]
+        self._url = functools.lru_cache(64)(base.join)
         self._headers = {
             "user-agent": "embedgate", "accept-encoding": "identity", "content-type": "application/json", **headers
         }  # fmt: skip
@@ -75,18 +86,38 @@ class Endpoint:
 
         A 2xx longer than `most_bytes` or compressed although that was not asked is a MalformedReply.
         """
-        self._exchanges += 1
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._exchange(path, body, most_bytes)
-        except (httpx.TransportError, aiohttp.ClientError) as error:
-            raise _translated(error) from None
-        except TimeoutError:
-            raise CallTimeout(f"no complete answer within {timeout_s:.3g} s") from None
-        except OSError as error:
-            raise _translated(error) from None
-        finally:
-            self._exchanges -= 1
+        return await self.send(path, Upload(_pieces(body), len(body), {}), most_bytes=most_bytes, timeout_s=timeout_s)
+
+    async def send(self, path: str, upload: Upload, *, most_bytes: int, timeout_s: float) -> Answer:
+        """Posts any body; see `post`."""
+        # Both a content-length and pieces, since a large body in one piece holds the loop.
+        headers = {**self._headers, **upload.headers, "content-length": str(upload.size_bytes)}
+        request = self._request("POST", path, headers, upload.pieces)
+        async with self._guarded(timeout_s):
+            return await self._answer(request, most_bytes)
+
+    async def get(self, path: str, *, most_bytes: int, timeout_s: float) -> Answer:
+        """Fetches something small; see `post`."""
+        async with self._guarded(timeout_s):
+            return await self._answer(self._request("GET", path, self._headers), most_bytes)
+
+    async def download(
+        self, path: str, *, most_bytes: int, refusal: Callable[[Answer], ProviderError]
+    ) -> AsyncGenerator[bytes, None]:
+        """The body of a 2xx in the pieces in which it comes; raises what `refusal` makes of anything else, see `post`.
+
+        Bounded in time by the provider's silence only.
+        """
+        request = self._request("GET", path, self._headers)
+        async with self._guarded(None), self._opened(request) as response:
+            if not response.is_success:
+                raise refusal(await _refused(response))
+            size_bytes = 0
+            async for piece in response.aiter_raw():
+                size_bytes += len(piece)
+                if size_bytes > most_bytes:
+                    raise MalformedReply(f"a reply of more than {most_bytes} bytes")
+                yield piece
 
     def pool(self) -> Pool:
         """The connections now."""
@@ -100,30 +131,51 @@ class Endpoint:
         """Closes all connections."""
         await self._transport.aclose()
 
-    async def _exchange(self, path: str, body: bytes, most_bytes: int) -> Answer:
+    def _request(
+        self, method: str, path: str, headers: Mapping[str, str], body: AsyncIterator[bytes] | None = None
+    ) -> httpx.Request:
+        extensions = {"timeout": self._timeouts}
+        return httpx.Request(method, self._url(path), headers=headers, content=body, extensions=extensions)
+
+    @asynccontextmanager
+    async def _guarded(self, timeout_s: float | None) -> AsyncIterator[None]:
+        """Counts an exchange, bounds it, and translates what becomes of it."""
+        self._exchanges += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except (httpx.TransportError, aiohttp.ClientError) as error:
+            raise _translated(error) from None
+        except TimeoutError:
+            within = "in time" if timeout_s is None else f"within {timeout_s:.3g} s"
+            raise CallTimeout(f"no complete answer {within}") from None
+        except OSError as error:
+            raise _translated(error) from None
+        finally:
+            self._exchanges -= 1
+
+    @asynccontextmanager
+    async def _opened(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
         # The transport without the client around it, whose redirects, cookies and proxies we do not want: they took a
-        # third of a small call. Both a content-length and pieces, since a large body in one piece holds the loop.
-        request = httpx.Request(
-            "POST",
-            self._url(path),
-            headers={**self._headers, "content-length": str(len(body))},
-            content=_pieces(body),
-            extensions={"timeout": self._timeouts},
-        )
+        # third of a small call.
         response = await self._transport.handle_async_request(request)
         try:
             if response.status_code == 407:
                 raise Unreachable("the proxy refused: HTTP 407")
-            if not response.is_success:
-                return Answer(response.status_code, response.headers, await _head(response, _MOST_ERROR_BYTES))
-            if response.headers.get("content-encoding", "identity") != "identity":
+            if response.is_success and response.headers.get("content-encoding", "identity") != "identity":
                 raise MalformedReply("a compressed reply, which was not asked for")
+            yield response
+        finally:
+            await response.aclose()
+
+    async def _answer(self, request: httpx.Request, most_bytes: int) -> Answer:
+        async with self._opened(request) as response:
+            if not response.is_success:
+                return await _refused(response)
             content = await _head(response, most_bytes + 1)
             if len(content) > most_bytes:
                 raise MalformedReply(f"a reply of more than {most_bytes} bytes")
             return Answer(response.status_code, response.headers, content)
-        finally:
-            await response.aclose()
 
     def _open_session(self) -> aiohttp.ClientSession:
         self._connector = _Connector(
@@ -194,6 +246,10 @@ def _tls() -> ssl.SSLContext:
 async def _pieces(body: bytes) -> AsyncIterator[bytes]:
     for start in range(0, len(body), _PIECE_BYTES):
         yield body[start : start + _PIECE_BYTES]
+
+
+async def _refused(response: httpx.Response) -> Answer:
+    return Answer(response.status_code, response.headers, await _head(response, _MOST_ERROR_BYTES))
 
 
 async def _head(response: httpx.Response, most_bytes: int) -> bytearray:

@@ -43,11 +43,13 @@ VOCABULARIES: Final = ("cl100k_base", "estimate")
 class ServerSettings(Section):
     """`[server]`; port 0 lets the system choose, log_file "" is the standard error stream.
 
-    `secret` is what every key of ours is made from, then those that were it before.
+    `admin_port` is the only one with operators' routes; 0: they are on `port`. `secret` is what every key of ours is
+    made from, then those that were it before.
     """
 
     host: Host = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
+    admin_port: int = Field(default=0, ge=0, le=65535)
     deadline_s: Seconds = 30.0
     log_sample: float = Field(default=1.0, ge=0, le=1)
     log_file: FilePath = ""
@@ -100,6 +102,30 @@ class LedgerSettings(Section):
 
     journal_max_bytes: int = Field(default=2**30, ge=2**24, le=2**50)
     keep_days: int = Field(default=400, ge=0, le=36_500)
+
+
+class BulkSettings(Section):
+    """`[bulk]`: files and batches. Bounds of 0 bytes or batches are none.
+
+    `blobs` is where files are kept: a folder, "" for one in `data_dir`, or `s3://bucket/prefix`. `tasks` are worked on
+    at one moment by a process, 0: none, another one does it; each with up to `lines_at_once` lines and
+    `texts_at_once` texts. A line is tried `attempts` times. Calls for bulk work carry `min_request_tokens` where so
+    many wait.
+    """
+
+    blobs: FilePath = ""
+    max_file_bytes: int = Field(default=200_000_000, ge=1024, le=2**40)
+    max_lines: int = Field(default=50_000, ge=1, le=100_000_000)
+    max_inputs: int = Field(default=50_000, ge=1, le=10**9)
+    max_open_batches: int = Field(default=20, ge=0, le=1_000_000)
+    max_stored_bytes: int = Field(default=10_000_000_000, ge=0, le=2**50)
+    keep_days: int = Field(default=30, ge=1, le=36_500)
+    tasks: int = Field(default=4, ge=0, le=64)
+    shard_lines: int = Field(default=2000, ge=1, le=1_000_000)
+    lines_at_once: int = Field(default=256, ge=1, le=100_000)
+    texts_at_once: int = Field(default=4096, ge=1, le=1_000_000)
+    attempts: int = Field(default=5, ge=1, le=100)
+    min_request_tokens: int = Field(default=1000, ge=1, le=1_000_000)
 
 
 class ModelSettings(Section):
@@ -217,6 +243,7 @@ class Settings(Section):
     cache: CacheSettings = CacheSettings()
     stores: StoresSettings = StoresSettings()
     ledger: LedgerSettings = LedgerSettings()
+    bulk: BulkSettings = BulkSettings()
     deployments: Annotated[dict[Name, DeploymentSettings], Field(min_length=1)]
     models: Annotated[dict[Name, ModelSettings], Field(min_length=1)]
     tenants: dict[Name, TenantSettings] = {}  # noqa: RUF012 — pydantic copies it
@@ -261,6 +288,7 @@ FIELDS: Final[Mapping[str, Mapping[str, FieldInfo]]] = MappingProxyType(
         "cache": CacheSettings.model_fields,
         "stores": StoresSettings.model_fields,
         "ledger": LedgerSettings.model_fields,
+        "bulk": BulkSettings.model_fields,
         "deployments": RemoteDeployment.model_fields | LocalDeployment.model_fields,
         "models": ModelSettings.model_fields,
         "tenants": TenantSettings.model_fields,

@@ -6,9 +6,9 @@ from typing import Final
 
 LATER: Final[Mapping[str, Mapping[str, tuple[object, ...]]]] = MappingProxyType(
     {
-        "server": {"workers": (1,), "admin_port": (0,)},
+        "server": {"workers": (1,)},
     }
 )
 """Names of the grammar that this version takes only with a value that changes nothing."""
 
-LATER_SECTIONS: Final = frozenset({"bulk", "tracing", "embed", "index"})
+LATER_SECTIONS: Final = frozenset({"tracing", "embed", "index"})

@@ -97,6 +97,10 @@ class Telemetry:
         )
         self.cache_rejected = counter("cache_rejected", "Values that were not what was put there", "level")
         self.cache_dropped = counter("cache_writes_dropped", "Vectors that a level did not keep", "level", "reason")
+        self.jobs = counter("jobs", "Bulk jobs by what became of them", "tenant", "event")
+        self.job_lines = counter("job_lines", "Lines of jobs that are done", "model", "outcome")
+        self.job_tokens = counter("job_tokens", "Tokens of lines of jobs that are done", "model")
+        self.job_tasks = counter("job_tasks", "Parts of jobs that were worked on", "kind", "outcome")
         self.budget_refusals = counter("budget_refusals", "Requests that a budget did not pay for", "tenant")
         self.budget_alerts = counter("budget_alerts", "Parts of budgets that were spent", "tenant", "percent")
         self.alert_deliveries = counter("alert_deliveries", "Calls of tenants' webhooks", "outcome")
@@ -274,6 +278,25 @@ class Telemetry:
     def directory_changed(self, event: str, *, tenant: str, key: str) -> None:
         """An operator made, changed or ended a tenant, a project or a key (by its public id)."""
         self._event(event, tenant=tenant, key=key)
+
+    # ── jobs ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def job_changed(self, event: str, *, job: str, tenant: str, **fields: str | int) -> None:
+        """Of a bulk job: it was `created`, or its caller had it `cancelled`."""
+        self.jobs.labels(tenant if tenant in self._tenants else "other", event).inc()
+        self._event(f"job.{event}", job=job, tenant=tenant, **fields)
+
+    def lines_committed(self, *, model: str, completed: int, failed: int, tokens: int) -> None:
+        """So many lines of a job are done, for good."""
+        name = model if model in self._models else "other"
+        self.job_lines.labels(name, "completed").inc(completed)
+        self.job_lines.labels(name, "failed").inc(failed)
+        self.job_tokens.labels(name).inc(tokens)
+
+    def task_finished(self, *, job: str, kind: str, number: int, outcome: str, duration_s: float) -> None:
+        """A part of a job was worked on, and ended so."""
+        self.job_tasks.labels(kind, outcome if outcome in {"done", "refused", "taken over"} else "put off").inc()
+        self._event("job.task", job=job, kind=kind, number=number, outcome=outcome, duration_s=round(duration_s, 3))
 
     # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

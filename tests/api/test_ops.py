@@ -133,7 +133,10 @@ async def test_the_api_describes_itself_in_full(edge: Edge) -> None:
         "/v1/embeddings", "/v1/models", "/v1/models/{model}", "/healthz", "/readyz", "/metrics",
         "/admin/cache", "/admin/cache/invalidate", "/admin/cache/warm", "/v1/usage", "/admin/usage/unconfirmed",
         "/admin/tenants", "/admin/tenants/{name}", "/admin/tenants/{name}/projects/{project}",
+        "/admin/tenants/{name}/webhook-secret",
         "/admin/keys", "/admin/keys/{id}", "/admin/keys/{id}/rotate",
+        "/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content",
+        "/v1/batches", "/v1/batches/{batch_id}", "/v1/batches/{batch_id}/cancel", "/v1/batches/{batch_id}/events",
     }  # fmt: skip
     route = document["paths"]["/v1/embeddings"]["post"]
     schemas = document["components"]["schemas"]
@@ -152,7 +155,7 @@ async def test_the_api_describes_itself_in_full(edge: Edge) -> None:
     assert told | {"x-embedgate-degraded"} == described
     page = await edge.http.get("/docs")
     assert (page.status_code, "/openapi.json" in page.text) == (200, True)
-    assert '"422"' not in (await edge.http.get("/openapi.json")).text
+    assert "Validation" not in (await edge.http.get("/openapi.json")).text
 
 
 async def test_without_keys_everybody_may_call(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import orjson
 from app.errors import BadCredential, InputRefused, Misconfigured, QuotaExhausted, Throttled, Transient
 from tests.emulators.cases import Case
 from tests.emulators.faults import Wire
+from tests.emulators.gemini_batches import GeminiDesk
 from tests.emulators.judge import OverLimit
 from tests.emulators.server import Asked, Emulator, RefusalError, Row, Text, as_numbers, parsed, vocabulary
 
@@ -107,10 +108,17 @@ def _invalid(message: str) -> RefusalError:
 class GeminiEmulator(Emulator):
     """The Gemini API; see `Emulator`. What a text counts beyond the model's limit is cut off without a word."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.batches = GeminiDesk(self)
+
     async def route(self, wire: Wire, target: str, headers: dict[str, str], body: bytes) -> None:
         """See `Emulator`."""
         called = _CALL.fullmatch(target)
-        self._authenticate(headers, called["key"] if called else None)
+        if not self.batches.knows_upload(target):
+            self._authenticate(headers, called["key"] if called else None)
+        if await self.batches.answered(wire, target, headers, body):
+            return
         if called is None or called["method"] not in ("batchEmbedContents", "countTokens"):
             raise RefusalError(404, envelope(404, "NOT_FOUND", "Method not found."))
         if called["model"] not in MODELS:
@@ -138,6 +146,16 @@ class GeminiEmulator(Emulator):
         texts: list[Text] = [self._cut(item.text, MODELS[model].max_input_tokens) for item in items]
         tokens = sum(map(self.count, texts))
         return Asked(model, texts, tokens, items[0].width, given, headers, called.group().removeprefix("POST "))
+
+    def read_one(self, model: str, given: dict[str, Any]) -> Asked:
+        """A single request of a batch."""
+        one = _Item(given, model)
+        text = self._cut(one.text, MODELS[model].max_input_tokens)
+        return Asked(model, [text], self.count(text), one.width, given, {})
+
+    def tells_tokens(self, model: str) -> bool:
+        """Whether answers of this model say how much they cost."""
+        return MODELS[model].newer
 
     def _cut(self, text: str, most_tokens: int) -> str:
         if self.constant or self.count(text) <= most_tokens:

@@ -19,6 +19,7 @@ from app.errors import (
 from tests.emulators.cases import Case
 from tests.emulators.faults import Wire, error_body
 from tests.emulators.judge import Judge, OverLimit
+from tests.emulators.openai_batches import OpenAIDesk
 from tests.emulators.server import Asked, Emulator, RefusalError, Row, Text, as_base64, as_numbers, parsed, vocabulary
 
 _INVALID_INPUT = "'$.input' is invalid. Please check the API reference: https://platform.openai.com/docs/api-reference."
@@ -78,6 +79,7 @@ class OpenAIEmulator(Emulator):
         )  # fmt: skip
         self.models = models
         self.base64 = base64
+        self.batches = OpenAIDesk(self)
         self._older_wording = older_wording
 
     # ── answering ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -90,6 +92,8 @@ class OpenAIEmulator(Emulator):
         if target == "GET /v1/models":
             cards = [_model_object(name, card) for name, card in self.models.items()]
             return await wire.answer(200, orjson.dumps({"object": "list", "data": cards}), {})
+        if await self.batches.answered(wire, target, headers, body):
+            return None
         if target.startswith("GET /v1/models/"):
             name = target.removeprefix("GET /v1/models/")
             return await wire.answer(200, orjson.dumps(_model_object(name, self._card(name))), {})

@@ -12,6 +12,7 @@ from tests.emulators.faults import Wire
 from tests.emulators.judge import OverLimit
 from tests.emulators.openai import as_list
 from tests.emulators.server import Asked, Emulator, RefusalError, Row, parsed, vocabulary
+from tests.emulators.voyage_batches import VoyageDesk
 
 PROMPTS = {
     None: "",
@@ -85,12 +86,18 @@ def _refused(detail: str, status: int = 400) -> RefusalError:
 class VoyageEmulator(Emulator):
     """Voyage; see `Emulator`. A text's vector is the same for each input type, what it costs is not."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.batches = VoyageDesk(self)
+
     async def route(self, wire: Wire, target: str, headers: dict[str, str], body: bytes) -> None:
         """See `Emulator`."""
-        if target != "POST /v1/embeddings":
-            raise _refused("Not Found", 404)
         if self.api_key is not None and headers.get("authorization") != f"Bearer {self.api_key}":
             raise RefusalError(401, _BAD_KEY)
+        if await self.batches.answered(wire, target, headers, body):
+            return
+        if target != "POST /v1/embeddings":
+            raise _refused("Not Found", 404)
         given = parsed(body, _refused(_UNREADABLE.partition(" In ")[0]))
         asked = self._read(given, headers, target)
         self.note(asked)

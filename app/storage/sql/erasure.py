@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, Table, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.storage.sql.database import Database
+from app.storage.sql.jobs import erase_jobs
 from app.storage.sql.tables import alerts, api_keys, insert, ledger, spared, spent, usage_days, usage_hours
 
 ERASED: Final = "deleted tenant"
@@ -20,10 +21,11 @@ _MOMENTS = 1440  # of a table of sums in one transaction
 
 
 async def erase(database: Database, tenant: str) -> None:
-    """Makes everything that `tenant` spent the deleted tenants'; nothing else is lost. May be done again.
+    """Makes everything that `tenant` spent the deleted tenants'; its jobs and files are gone. May be done again.
 
     In steps that hold nobody up; raises DatabaseDown, after some of them.
     """
+    await database.write(partial(erase_jobs, tenant=tenant, nobody=ERASED), within_s=_WITHIN_S)
     await _erase_rows(database, tenant)
     for table in (usage_hours, usage_days, spared):
         await _erase_sums(database, table, tenant)

@@ -4,7 +4,6 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
-    Boolean,
     Column,
     Float,
     Index,
@@ -21,6 +20,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.expression import FunctionElement
+from sqlalchemy.types import TypeEngine
 
 metadata = MetaData()
 
@@ -141,14 +141,26 @@ counters = Table(
 )
 """Numbers that only go up: `directory` is the newest version of any tenant, project or key."""
 
-uncertain: ColumnElement[bool] = literal_column("state IN ('estimated', 'unconfirmed')", Boolean)
-"""Rows of the ledger whose money the vendor did not say; spelt out, so that their index is found."""
+uncertain: ColumnElement[bool] = literal_column("state IN ('estimated', 'unconfirmed')")
+"""Rows of the ledger whose money the vendor did not say; spelt out, and no Boolean, so that their index is found."""
 
-left_open: ColumnElement[bool] = literal_column("state = 'begun'", Boolean)
+left_open: ColumnElement[bool] = literal_column("state = 'begun'")
 """Rows of the ledger that nobody has ended yet; spelt out for the same reason."""
 
-untold: ColumnElement[bool] = literal_column("delivered_at_ms IS NULL", Boolean)
+untold: ColumnElement[bool] = literal_column("delivered_at_ms IS NULL")
 """Rows of `alerts` that the tenant does not know of; spelt out like these."""
+
+still_open: ColumnElement[bool] = literal_column("status NOT IN ('failed', 'completed', 'expired', 'cancelled')")
+"""Rows of `jobs` that are not over; spelt out like these."""
+
+keyed: ColumnElement[bool] = literal_column("idempotency_key <> ''")
+"""Rows of `jobs` whose caller named them; spelt out like these."""
+
+left_to_do: ColumnElement[bool] = literal_column("done_at_ms IS NULL")
+"""Rows of `job_tasks` that are not done; spelt out like these."""
+
+has_owner: ColumnElement[bool] = literal_column("owner <> ''")
+"""Rows of `job_tasks` that somebody works on; spelt out like these."""
 
 ledger = Table(
     "ledger",
@@ -260,6 +272,78 @@ alerts = Table(
     Index("alerts_untold", "at_ms", postgresql_where=untold, sqlite_where=untold),
 )
 """Which parts of which budgets were seen spent, and whether the tenant was told, in how many attempts."""
+
+
+def _each(kind: type[TypeEngine[Any]], *names: str) -> list[Column[Any]]:
+    return [Column(name, kind, nullable=False) for name in names]
+
+
+_COUNTS = ("completed", "failed", "tokens", "texts", "cached")
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", Text, primary_key=True),
+    *_each(Text, "tenant", "purpose", "filename"),
+    *_each(BigInteger, "size_bytes", "created_at_ms"),
+    Column("expires_at_s", BigInteger),
+    Index("files_by_tenant", "tenant", "created_at_ms", "id"),
+    Index("files_by_expiry", "expires_at_s"),
+)
+"""Files by id; what expired in 1970 was deleted. A row stays until the bytes are gone."""
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Text, primary_key=True),
+    *_each(Text, "tenant", "project", "key", "user", "input_file_id", "metadata", "tier", "idempotency_key"),
+    Column("window_s", BigInteger, nullable=False),
+    Column("output_expires_after_s", BigInteger),
+    Column("digest", LargeBinary, nullable=False),
+    *_each(Text, "status", "ending", "model", "errors", "pause", "output_file_id", "error_file_id"),
+    *_each(BigInteger, "total", *_COUNTS),
+    Column("calls", Float, nullable=False),
+    Column("nano_usd", BigInteger),
+    Column("paused_until_ms", BigInteger),
+    *_each(BigInteger, "created_at_ms", "expires_at_ms"),
+    *(
+        Column(f"{status}_at_ms", BigInteger)
+        for status in ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
+    ),
+    Index("jobs_by_tenant", "tenant", "created_at_ms", "id"),
+    Index("jobs_open", "tenant", postgresql_where=still_open, sqlite_where=still_open),
+    Index("jobs_by_key", "tenant", "idempotency_key", unique=True, postgresql_where=keyed, sqlite_where=keyed),
+)
+"""What was ordered and what became of it; `metadata` and `errors` are JSON, the counts those of its pieces."""
+
+job_tasks = Table(
+    "job_tasks",
+    metadata,
+    Column("job", Text, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    *_each(Text, "kind", "owner"),
+    *_each(BigInteger, "fence", "held_until_ms", "done_lines", "next_piece"),
+    Column("note", LargeBinary, nullable=False),
+    *(Column(name, BigInteger) for name in ("done_at_ms", "first_line", "lines", "offset_bytes", "size_bytes")),
+    Index("job_tasks_left", "job", "kind", "number", postgresql_where=left_to_do, sqlite_where=left_to_do),
+    Index("job_tasks_held", "job", postgresql_where=has_owner, sqlite_where=has_owner),
+)
+"""The parts of jobs that have not ended, and who works on them; those of a file in the order of its lines."""
+
+job_pieces = Table(
+    "job_pieces",
+    metadata,
+    Column("job", Text, primary_key=True),
+    Column("task", Integer, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    *_each(BigInteger, "fence", "lines", *_COUNTS, "output_bytes", "error_bytes"),
+    Column("calls", Float, nullable=False),
+    Column("nano_usd", BigInteger),
+)
+"""What of the tasks is done: nothing else counts. Money that is NULL: unknown."""
+
+job_leavings = Table("job_leavings", metadata, Column("job", Text, primary_key=True))
+"""Jobs that are over whose pieces may still be there as blobs."""
 
 
 class NowMs(FunctionElement[int]):

@@ -1,0 +1,222 @@
+"""Hides who works on jobs: leases what is to be done, does it, and lets go of what somebody else took over."""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, Protocol, Self, TypeVar, assert_never
+
+from app.domain import EmbeddingRequest, EmbeddingResult
+from app.job import Order, Piece, Task, file_blob
+from app.job_ports import Blobs, JobStore
+from app.jobs.embedding import Paused, ShardWork, Window, Wire
+from app.jobs.intake import Intake
+from app.jobs.joining import join
+from app.jobs.sweeping import sweep
+from app.storage.level import LevelDown
+from app.telemetry import Telemetry
+
+LEASE_S: Final = 30.0
+"""After so long without a sign others take what a runner had."""
+
+_RENEW_S, _LOOK_S = 8.0, 1.0
+_AGAIN_S, _AGAIN_CAP_S = 0.2, 5.0
+_PAUSE_S = 60.0
+_TROUBLE_S = 10.0  # how long a task is left to others after what should not have happened
+
+_T = TypeVar("_T")
+
+
+class Engine(Protocol):
+    """The one door, see `Gateway`."""
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+        """One vector per text, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much is done at one moment, and what a file may hold."""
+
+    tasks: int
+    window: Window
+    attempts: int
+    max_lines: int
+    max_inputs: int
+    shard_lines: int
+
+
+class Runner:
+    """Works on jobs of `store` until it is left; an async context manager that owns its tasks.
+
+    What it was doing then is left to others at once; what was not committed is done again. `serves` says whether a
+    tenant may ask for a model.
+    """
+
+    def __init__(
+        self, store: JobStore, blobs: Blobs, engine: Engine, wire: Wire, telemetry: Telemetry, bounds: Bounds, *,
+        owner: str, serves: Callable[[Order, str], bool], rng: random.Random,
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._blobs = blobs
+        self._engine = engine
+        self._wire = wire
+        self._telemetry = telemetry
+        self._bounds = bounds
+        self._owner = owner
+        self._serves = serves
+        self._rng = rng
+        self._held: dict[tuple[str, int], tuple[Task, asyncio.Task[None]]] = {}
+        self._wake = asyncio.Event()
+        self._tasks = asyncio.TaskGroup()
+        self._loops: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        loops = (self._take(), self._renew(), sweep(self._store, self._blobs, self._telemetry))
+        self._loops = [self._tasks.create_task(loop, name="jobs") for loop in loops]
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for loop in self._loops:
+            loop.cancel()
+        for _, work in self._held.values():
+            work.cancel()
+        await self._tasks.__aexit__(None, None, None)
+
+    @property
+    def at_work(self) -> int:
+        """How many tasks it holds."""
+        return len(self._held)
+
+    def wake(self) -> None:
+        """There is something to do now."""
+        self._wake.set()
+
+    # ── leases ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _take(self) -> None:
+        while True:
+            free = self._bounds.tasks - len(self._held)
+            taken = 0
+            if free > 0:
+                with suppress(LevelDown):
+                    taken = self._start(await self._store.take(self._owner, most=free, for_s=LEASE_S))
+            if not taken:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_S * self._rng.uniform(0.8, 1.2)):
+                        await self._wake.wait()
+            self._wake.clear()
+
+    def _start(self, tasks: Sequence[Task]) -> int:
+        for task in tasks:
+            work = self._tasks.create_task(self._work(task), name=f"{task.kind} {task.job.id} {task.number}")
+            self._held[task.job.id, task.number] = (task, work)
+        return len(tasks)
+
+    async def _renew(self) -> None:
+        """What could not be renewed in time others may have by now: they are the ones whose word counts."""
+        while True:
+            await asyncio.sleep(_RENEW_S)
+            held = [task for task, _ in self._held.values()]
+            if not held:
+                continue
+            with suppress(LevelDown):
+                kept = {(task.job.id, task.number) for task in await self._store.renew(held, for_s=LEASE_S)}
+                for task in held:
+                    key = (task.job.id, task.number)
+                    if key not in kept and key in self._held and self._held[key][0].fence == task.fence:
+                        self._held[key][1].cancel()
+
+    # ── work ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _work(self, task: Task) -> None:
+        """Never raises: what it is in belongs to everybody."""
+        started = time.monotonic()
+        outcome = "dropped"
+        try:
+            outcome = await self._do(task)
+        except Paused as paused:
+            reason = str(paused)
+            outcome = f"paused: {reason}"
+            await self._surely(lambda: self._store.pause(task, reason, for_s=_PAUSE_S))
+        except asyncio.CancelledError:
+            with suppress(LevelDown):
+                await asyncio.shield(self._store.give_back(task))
+            raise
+        except OSError as error:
+            outcome = f"files: {type(error).__name__}"
+            await self._later(task)
+        except Exception as bug:  # supervision is for the errors that nobody thought of
+            outcome = "a bug"
+            self._telemetry.loop_crashed(loop="jobs", error=bug)
+            await self._later(task)
+        finally:
+            del self._held[task.job.id, task.number]
+            self._telemetry.task_finished(
+                job=task.job.id, kind=task.kind, number=task.number, outcome=outcome,
+                duration_s=time.monotonic() - started,
+            )  # fmt: skip
+            self._wake.set()
+
+    async def _later(self, task: Task) -> None:
+        """Somebody else may have more luck, or this one a little later."""
+        await asyncio.sleep(_TROUBLE_S)
+        with suppress(LevelDown):
+            await self._store.give_back(task)
+
+    async def _do(self, task: Task) -> str:
+        match task.kind:
+            case "read":
+                return await self._read(task)
+            case "embed":
+                bounds = self._bounds
+                work = ShardWork(
+                    task, self._blobs, self._wire, self._engine.embed, self._commit,
+                    window=bounds.window, attempts=bounds.attempts, rng=self._rng,
+                )  # fmt: skip
+                return "done" if await work.run() else "taken over"
+            case "join":
+                joined = await self._surely(lambda: join(task, self._store, self._blobs, self._wire))
+                return "done" if joined else "taken over"
+            case _:
+                assert_never(task.kind)
+
+    async def _read(self, task: Task) -> str:
+        """Checks the input file, and says what is wrong with it or how it is cut."""
+        order, bounds = task.job.order, self._bounds
+        intake = Intake(
+            serves=lambda model: self._serves(order, model), max_lines=bounds.max_lines, max_inputs=bounds.max_inputs,
+            shard_lines=bounds.shard_lines,
+        )  # fmt: skip
+        with intake:
+            async for data in self._blobs.reading(file_blob(order.input_file_id)):
+                if not await asyncio.to_thread(intake.feed, data):
+                    break
+            await asyncio.to_thread(intake.finish)
+        if intake.errors:
+            held = await self._surely(lambda: self._store.refuse(task, intake.errors))
+            return "refused" if held else "taken over"
+        model, total = intake.model, intake.total
+        held = await self._surely(lambda: self._store.accept(task, model=model, total=total, shards=intake.shards))
+        return "done" if held else "taken over"
+
+    async def _commit(self, task: Task, piece: Piece) -> Task | None:
+        after = await self._surely(lambda: self._store.commit(task, piece))
+        if after is not None:
+            self._telemetry.lines_committed(
+                model=task.job.model, completed=piece.completed, failed=piece.failed, tokens=piece.tokens
+            )
+        return after
+
+    async def _surely(self, use: Callable[[], Awaitable[_T]]) -> _T:
+        """What it returns, however long the database is away: what was done is not thrown away for that."""
+        again_s = _AGAIN_S
+        while True:
+            try:
+                return await use()
+            except LevelDown:
+                await asyncio.sleep(again_s)
+                again_s = min(_AGAIN_CAP_S, 2 * again_s)
