@@ -222,7 +222,7 @@ class Runtime:
             older_secrets=self.stores.secret.derive_older("cache keys"),
             bulk_share=settings.queue.bulk_share,
             bulk_min_tokens=settings.bulk.min_request_tokens,
-            several_tenants=len(settings.tenants) + self.directory.size > 1,
+            several_tenants=lambda: len(settings.tenants) + self.directory.size > 1,
             shares=self.stores.shares,
         )
         intake = Intake(

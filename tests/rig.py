@@ -326,7 +326,7 @@ async def engine(
         gates=gates,
         telemetry=telemetry,
         secret=b"rig",
-        several_tenants=several_tenants,
+        several_tenants=lambda: several_tenants,
         shares=shares,
     )
     billed_before = sum(each.billed for each in providers)

@@ -60,6 +60,9 @@ def read(body: bytes) -> Wanted:
     tier = metadata.get(_TIER, _TIERS[0])
     if tier not in _TIERS:
         raise _wrong_value("metadata", tier, _TIERS)
+    if tier != "online":  # never taken and not done
+        text = f"Invalid value for '{_TIER}': '{tier}' is not supported by this version yet."
+        raise InvalidRequest(text, param="metadata", code="unsupported_value")
     return Wanted(file_id, _WINDOWS[window], metadata, tier, _expiry_s(fields.get(_EXPIRY)))
 
 

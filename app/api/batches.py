@@ -13,7 +13,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from app.api import batch_wire, openapi, wire
+from app.api import batch_wire, openapi_bulk, wire
 from app.api.admin import raw_body
 from app.api.auth import Keys
 from app.api.errors import NotReady, printable
@@ -42,29 +42,29 @@ def add(api: FastAPI, runtime: Runtime, keys: Keys) -> None:
     def caller(request: Request) -> Caller:
         return keys.caller(request.scope, "batch")
 
-    @api.post("/v1/batches", **openapi.BATCH_CREATE)
+    @api.post("/v1/batches", **openapi_bulk.BATCH_CREATE)
     async def create_batch(request: Request) -> Response:
         """Orders the embeddings that the lines of an uploaded file ask for."""
         who = caller(request)
         return _shown(await desk.create(who, request, await raw_body(request)))
 
-    @api.get("/v1/batches", **openapi.BATCHES)
+    @api.get("/v1/batches", **openapi_bulk.BATCHES)
     async def list_batches(request: Request) -> Response:
         """The batches of this key's tenant, the newest first."""
         tenant = caller(request).tenant.name
         return _json(await desk.page(tenant, batch_wire.page(request.query_params.multi_items())))
 
-    @api.get("/v1/batches/{batch_id}", **openapi.BATCH)
+    @api.get("/v1/batches/{batch_id}", **openapi_bulk.BATCH)
     async def retrieve_batch(request: Request, batch_id: str) -> Response:
         """One batch as it stands."""
         return _shown(await desk.job(caller(request).tenant.name, batch_id))
 
-    @api.post("/v1/batches/{batch_id}/cancel", **openapi.BATCH_CANCEL)
+    @api.post("/v1/batches/{batch_id}/cancel", **openapi_bulk.BATCH_CANCEL)
     async def cancel_batch(request: Request, batch_id: str) -> Response:
         """Calls a batch off; what was embedded until then is in its output file. A body is not looked at."""
         return _shown(await desk.cancel(caller(request).tenant.name, batch_id))
 
-    @api.get("/v1/batches/{batch_id}/events", **openapi.BATCH_EVENTS)
+    @api.get("/v1/batches/{batch_id}/events", **openapi_bulk.BATCH_EVENTS)
     async def follow_batch(request: Request, batch_id: str) -> Response:
         """The batch now and whenever it changes, as server-sent events, until it has ended."""
         tenant = caller(request).tenant.name

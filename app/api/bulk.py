@@ -36,6 +36,7 @@ def runner(runtime: Runtime) -> Runner:
         max_lines=bulk.max_lines,
         max_inputs=bulk.max_inputs,
         shard_lines=bulk.shard_lines,
+        keep_s=bulk.keep_days * 86_400,
     )
     return Runner(
         stores.jobs, stores.blobs, runtime.gateway, BulkLines(runtime), runtime.telemetry, bounds,

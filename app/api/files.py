@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.api import file_wire, openapi
+from app.api import file_wire, openapi_bulk
 from app.api.auth import Keys
 from app.api.errors import HttpRefusal, NotReady, printable, reply_to
 from app.api.exchange import CallerLeft, refuse
@@ -38,7 +38,7 @@ def add(api: FastAPI, runtime: Runtime, keys: Keys) -> None:
     def tenant(request: Request) -> str:
         return keys.caller(request.scope, "batch").tenant.name
 
-    @api.post("/v1/files", **openapi.FILE_CREATE)
+    @api.post("/v1/files", **openapi_bulk.FILE_CREATE)
     async def create_file(request: Request) -> Response:
         """Keeps a file; it is written as it comes, and there once all of it has come."""
         owner = tenant(request)
@@ -47,25 +47,25 @@ def add(api: FastAPI, runtime: Runtime, keys: Keys) -> None:
         except HttpRefusal as refusal:
             return _Lingering(refusal)
 
-    @api.get("/v1/files", **openapi.FILES)
+    @api.get("/v1/files", **openapi_bulk.FILES)
     async def list_files(request: Request) -> Response:
         """The files of this key's tenant, the newest first unless asked otherwise."""
         owner = tenant(request)
         return _json(await desk.page(owner, file_wire.page(request.query_params.multi_items())))
 
-    @api.get("/v1/files/{file_id}", **openapi.FILE)
+    @api.get("/v1/files/{file_id}", **openapi_bulk.FILE)
     async def retrieve_file(request: Request, file_id: str) -> Response:
         """What is known of one file."""
         return _json(file_wire.written(await desk.file(tenant(request), file_id)))
 
-    @api.get("/v1/files/{file_id}/content", **openapi.FILE_CONTENT)
+    @api.get("/v1/files/{file_id}/content", **openapi_bulk.FILE_CONTENT)
     async def file_content(request: Request, file_id: str) -> Response:
         """Its bytes."""
         file = await desk.file(tenant(request), file_id)
         size = {"content-length": str(file.size_bytes)}
         return StreamingResponse(await desk.content(file), media_type="application/octet-stream", headers=size)
 
-    @api.delete("/v1/files/{file_id}", **openapi.FILE_DELETE)
+    @api.delete("/v1/files/{file_id}", **openapi_bulk.FILE_DELETE)
     async def delete_file(request: Request, file_id: str) -> Response:
         """Deletes one that no open batch reads."""
         await desk.delete(tenant(request), file_id)

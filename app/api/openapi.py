@@ -9,16 +9,16 @@ from app.api import batch_wire, file_wire, wire
 from app.api.exchange import MOST_BODY_BYTES
 from app.tenant_desk import Budget, NewKey, NewTenant, Rotation, TenantTerms
 
-_Schema = dict[str, Any]
+Schema = dict[str, Any]
 
 # ── schemas ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_TOKEN_IDS: _Schema = {
+_TOKEN_IDS: Schema = {
     "type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1,
     "description": "Token ids in the vocabulary of the model (cl100k_base).",
 }  # fmt: skip
 
-_INPUT: _Schema = {
+_INPUT: Schema = {
     "description": "One text or many; a lone empty string is a text, inside a list it is refused.",
     "oneOf": [
         {"type": "string", "title": "One text"},
@@ -30,15 +30,15 @@ _INPUT: _Schema = {
 }  # fmt: skip
 
 
-def _optional(schema: _Schema, description: str) -> _Schema:
+def _optional(schema: Schema, description: str) -> Schema:
     return {"anyOf": [schema, {"type": "null"}], "description": description}
 
 
-def _choice(field: str, description: str) -> _Schema:
+def _choice(field: str, description: str) -> Schema:
     return _optional({"type": "string", "enum": list(wire.CHOICES[field])}, description)
 
 
-_REQUEST: _Schema = {
+_REQUEST: Schema = {
     "type": "object",
     "required": ["input", "model"],
     "additionalProperties": False,
@@ -57,7 +57,7 @@ _REQUEST: _Schema = {
     },
 }  # fmt: skip
 
-_EMBEDDING: _Schema = {
+_EMBEDDING: Schema = {
     "type": "object",
     "required": ["object", "index", "embedding"],
     "properties": {
@@ -72,7 +72,7 @@ _EMBEDDING: _Schema = {
     },
 }
 
-_RESPONSE: _Schema = {
+_RESPONSE: Schema = {
     "type": "object",
     "required": ["object", "data", "model", "usage"],
     "properties": {
@@ -87,7 +87,7 @@ _RESPONSE: _Schema = {
     },
 }
 
-_MODEL: _Schema = {
+_MODEL: Schema = {
     "type": "object",
     "required": ["id", "object", "created", "owned_by"],
     "properties": {
@@ -98,7 +98,7 @@ _MODEL: _Schema = {
     },
 }
 
-_MODEL_LIST: _Schema = {
+_MODEL_LIST: Schema = {
     "type": "object",
     "required": ["object", "data"],
     "properties": {
@@ -107,7 +107,7 @@ _MODEL_LIST: _Schema = {
     },
 }
 
-_USAGE_LIST: _Schema = {
+_USAGE_LIST: Schema = {
     "type": "object",
     "required": ["object", "data", "has_more", "next"],
     "properties": {
@@ -119,7 +119,7 @@ _USAGE_LIST: _Schema = {
     },
 }
 
-_ERROR: _Schema = {
+_ERROR: Schema = {
     "type": "object",
     "required": ["error"],
     "properties": {
@@ -136,12 +136,12 @@ _ERROR: _Schema = {
     },
 }
 
-_STATUS: _Schema = {"type": "object", "required": ["status"], "properties": {"status": {"type": "string"}}}
+_STATUS: Schema = {"type": "object", "required": ["status"], "properties": {"status": {"type": "string"}}}
 
 # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _header(description: str, kind: str = "string") -> _Schema:
+def _header(description: str, kind: str = "string") -> Schema:
     return {"description": description, "schema": {"type": kind}}
 
 
@@ -149,7 +149,7 @@ _ALWAYS = {
     "x-request-id": _header("Yours if it was well-formed (1 to 64 of `A-Za-z0-9_.-`), else a new one."),
     "openai-processing-ms": _header("From the last byte in to the first byte out, in milliseconds.", "integer"),
 }
-_WAIT = {
+WAIT = {
     "retry-after": _header("Seconds to wait before another try, 60 at most.", "integer"),
     "retry-after-ms": _header("The same in milliseconds, more exactly.", "integer"),
 }
@@ -163,20 +163,22 @@ _TOLD = {
 }
 
 
-def _json(description: str, schema: str, *more: dict[str, _Schema]) -> _Schema:
+def answer(description: str, schema: str, *more: dict[str, Schema]) -> Schema:
+    """A JSON answer, with these headers beside those of every answer."""
     headers = {name: header for group in (_ALWAYS, *more) for name, header in group.items()}
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
     return {"description": description, "headers": headers, "content": content}
 
 
-def _error(description: str, *more: dict[str, _Schema]) -> _Schema:
-    return _json(description, "Error", *more)
+def refusal(description: str, *more: dict[str, Schema]) -> Schema:
+    """The same in the one envelope of errors."""
+    return answer(description, "Error", *more)
 
 
-_NO_KEY = _error("No API key, or a wrong one.", {"www-authenticate": _header("`Bearer`")})
-_UNAVAILABLE = _error("Overloaded, without a provider, or shutting down: try again later.", _WAIT)
+NO_KEY = refusal("No API key, or a wrong one.", {"www-authenticate": _header("`Bearer`")})
+UNAVAILABLE = refusal("Overloaded, without a provider, or shutting down: try again later.", WAIT)
 
-_CREATE: _Schema = {
+CREATE: Schema = {
     "operationId": "createEmbedding",
     "summary": "Embed texts",
     "description": "One vector per text, in order: OpenAI's route, for any OpenAI client.",
@@ -201,61 +203,61 @@ _CREATE: _Schema = {
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/EmbeddingRequest"}}},
     },
     "responses": {
-        "200": _json("The vectors.", "EmbeddingResponse", _TOLD),
-        "400": _error("The request cannot be served as it stands; `param` says where."),
-        "401": _NO_KEY,
-        "403": _error("The key is not made for this: it lacks the scope `embed`."),
-        "404": _error("The model does not exist or this key may not use it."),
-        "405": _error("Another method than POST.", {"allow": _header("`POST`")}),
-        "413": _error("The body is too large; the connection is closed."),
-        "415": _error("Not JSON, or compressed."),
-        "429": _error("Your tenant is over its limit of tokens, requests or concurrent requests, or of money.", _WAIT),
-        "500": _error("A bug of ours."),
-        "502": _error("All attempts failed at the provider."),
-        "503": _UNAVAILABLE,
-        "504": _error("The deadline passed."),
+        "200": answer("The vectors.", "EmbeddingResponse", _TOLD),
+        "400": refusal("The request cannot be served as it stands; `param` says where."),
+        "401": NO_KEY,
+        "403": refusal("The key is not made for this: it lacks the scope `embed`."),
+        "404": refusal("The model does not exist or this key may not use it."),
+        "405": refusal("Another method than POST.", {"allow": _header("`POST`")}),
+        "413": refusal("The body is too large; the connection is closed."),
+        "415": refusal("Not JSON, or compressed."),
+        "429": refusal("Your tenant is over its limit of tokens, requests or concurrent requests, or of money.", WAIT),
+        "500": refusal("A bug of ours."),
+        "502": refusal("All attempts failed at the provider."),
+        "503": UNAVAILABLE,
+        "504": refusal("The deadline passed."),
     },
 }  # fmt: skip
 
-_KEYED: list[_Schema] = [{"ApiKey": []}, {}]
+KEYED: list[Schema] = [{"ApiKey": []}, {}]
 
-MODELS: _Schema = {
+MODELS: Schema = {
     "operation_id": "listModels",
-    "responses": {200: _json("The models.", "ModelList"), 401: _NO_KEY},
-    "openapi_extra": {"security": _KEYED},
+    "responses": {200: answer("The models.", "ModelList"), 401: NO_KEY},
+    "openapi_extra": {"security": KEYED},
 }
-MODEL: _Schema = {
+MODEL: Schema = {
     "operation_id": "retrieveModel",
-    "responses": {200: _json("The model.", "Model"), 401: _NO_KEY, 404: _error("There is no such model for you.")},
-    "openapi_extra": {"security": _KEYED},
+    "responses": {200: answer("The model.", "Model"), 401: NO_KEY, 404: refusal("There is no such model for you.")},
+    "openapi_extra": {"security": KEYED},
 }
-HEALTH: _Schema = {"operation_id": "health", "responses": {200: _json("It lives.", "Status")}}
-READINESS: _Schema = {
+HEALTH: Schema = {"operation_id": "health", "responses": {200: answer("It lives.", "Status")}}
+READINESS: Schema = {
     "operation_id": "readiness",
-    "responses": {200: _json("It serves.", "Status"), 503: _error("It should get no requests now.", _WAIT)},
+    "responses": {200: answer("It serves.", "Status"), 503: refusal("It should get no requests now.", WAIT)},
 }
-METRICS: _Schema = {
+METRICS: Schema = {
     "operation_id": "metrics",
     "responses": {
         200: {"description": "Prometheus' text format.", "headers": _ALWAYS, "content": {"text/plain": {}}},
-        401: _NO_KEY,
+        401: NO_KEY,
     },
     "openapi_extra": {"security": [{"AdminKey": []}, {}]},
 }
 
+_ADMIN: list[Schema] = [{"AdminKey": []}, {}]
+_OBJECT: Schema = {"type": "object"}
+_COUNTS: Schema = {"type": "object", "additionalProperties": {"type": "integer"}}
 
-_ADMIN: list[_Schema] = [{"AdminKey": []}, {}]
-_COUNTS: _Schema = {"type": "object", "additionalProperties": {"type": "integer"}}
 
-
-def _admin(name: str, description: str, body: _Schema | None = None) -> _Schema:
-    extra: _Schema = {"security": _ADMIN}
-    answers: dict[int | str, _Schema] = {200: _json(description, "Counts"), 401: _NO_KEY}
+def _admin(name: str, description: str, body: Schema | None = None) -> Schema:
+    extra: Schema = {"security": _ADMIN}
+    answers: dict[int | str, Schema] = {200: answer(description, "Counts"), 401: NO_KEY}
     if body is not None:
         schema = {"type": "object", "additionalProperties": False, **body}
         extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-        answers |= {400: _error("The body is not understood."), 404: _error("There is no such model."),
-                    413: _error("The body is too large."), 503: _UNAVAILABLE}  # fmt: skip
+        answers |= {400: refusal("The body is not understood."), 404: refusal("There is no such model."),
+                    413: refusal("The body is too large."), 503: UNAVAILABLE}  # fmt: skip
     return {"operation_id": name, "responses": answers, "openapi_extra": extra}
 
 
@@ -275,39 +277,38 @@ CACHE_WARM = _admin(
     }},
 )  # fmt: skip
 
-
 _WHEN = "A date, with a time as in 2026-11-21T09:30:00Z, or Unix seconds; widened to whole hours or days of UTC."
-_SPAN: list[_Schema] = [
+_SPAN: list[Schema] = [
     {"name": "start", "in": "query", "schema": {"type": "string"}, "description": f"{_WHEN} Default: this month's."},
     {"name": "end", "in": "query", "schema": {"type": "string"}, "description": f"{_WHEN} It is no part of the span."},
 ]
-_PAGE: list[_Schema] = [
+_PAGE: list[Schema] = [
     {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 1000}},
     {"name": "after", "in": "query", "schema": {"type": "string"}, "description": "`next` of the page before."},
 ]
 _GROUPS = ["tenant", "project", "model", "deployment", "cause"]
 
 
-def _only(*groups: str) -> list[_Schema]:
+def _only(*groups: str) -> list[Schema]:
     return [
         {"name": group, "in": "query", "schema": {"type": "string"}, "description": f"Only of this {group}."}
         for group in groups
     ]
 
 
-def _usage(name: str, security: list[_Schema], *parameters: _Schema) -> _Schema:
+def _usage(name: str, security: list[Schema], *parameters: Schema) -> Schema:
     return {
         "operation_id": name,
         "responses": {
-            200: _json("The lines, in order.", "UsageList"), 400: _error("A parameter cannot be; `param` says which."),
-            401: _NO_KEY, 503: _UNAVAILABLE,
+            200: answer("The lines, in order.", "UsageList"), 400: refusal("A parameter is wrong; `param` says which."),
+            401: NO_KEY, 503: UNAVAILABLE,
         },
         "openapi_extra": {"security": security, "parameters": [*parameters]},
     }  # fmt: skip
 
 
 USAGE = _usage(
-    "listUsage", [*_KEYED, *_ADMIN[:1]], *_SPAN,
+    "listUsage", [*KEYED, *_ADMIN[:1]], *_SPAN,
     {"name": "by", "in": "query",
      "schema": {"type": "string", "enum": ["hour", "day", "month", "total"], "default": "day"}},
     {"name": "group", "in": "query", "explode": False,
@@ -316,12 +317,12 @@ USAGE = _usage(
 )  # fmt: skip
 USAGE_UNCONFIRMED = _usage("listUnconfirmedUsage", _ADMIN, *_SPAN, *_only("tenant"), *_PAGE)
 
+_, _BODIES = msgspec.json.schema_components(
+    (NewTenant, TenantTerms, Budget, NewKey, Rotation), ref_template="#/components/schemas/{name}"
+)
 
-_KINDS = (NewTenant, TenantTerms, Budget, NewKey, Rotation)
-_, _BODIES = msgspec.json.schema_components(_KINDS, ref_template="#/components/schemas/{name}")
 
-
-def _row(kind: type, **more: _Schema) -> _Schema:
+def _row(kind: type, **more: Schema) -> Schema:
     """What operators are shown of a thing: what it was made from, and more."""
     usd = {"type": ["string", "null"], "description": "In dollars, exactly; null: no bound."}
     given = {name: usd if "usd" in name else field for name, field in _BODIES[kind.__name__]["properties"].items()}
@@ -336,20 +337,20 @@ _SHOWN = {
     "Project": _row(Budget, tenant=_NAME, name=_NAME, **_BOOKED),
     "WebhookSecret": {"type": "object", "properties": dict.fromkeys(("object", "tenant", "secret"), _NAME)},
 }
-_ROWS: list[_Schema] = [
+_ROWS: list[Schema] = [
     {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 1000}},
     {"name": "after", "in": "query", "schema": {"type": "string"}, "description": "Name or id of the last row."},
 ]
 
 
-def _desk(name: str, says: str, body: type | None = None, *parameters: _Schema, shown: str = "Object") -> _Schema:
-    extra: _Schema = {"security": _ADMIN, "parameters": [*parameters]}
+def _desk(name: str, says: str, body: type | None = None, *parameters: Schema, shown: str = "Object") -> Schema:
+    extra: Schema = {"security": _ADMIN, "parameters": [*parameters]}
     if body is not None:
         schema = {"$ref": f"#/components/schemas/{body.__name__}"}
         extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     answers = {
-        200: _json(says, shown), 400: _error("The request is not understood."), 401: _NO_KEY,
-        404: _error("There is no such thing."), 503: _UNAVAILABLE,
+        200: answer(says, shown), 400: refusal("The request is not understood."), 401: NO_KEY,
+        404: refusal("There is no such thing."), 503: UNAVAILABLE,
     }  # fmt: skip
     return {"operation_id": name, "responses": answers, "openapi_extra": extra}
 
@@ -372,81 +373,23 @@ KEY_ROTATE = _desk("rotateKey", "The key with its new secret.", Rotation)
 KEY_REVOKE = _desk("revokeKey", "The key as it ended.")
 
 
-def _batch(
-    name: str, says: str, *parameters: _Schema, shown: str = "Batch", more: _Schema | None = None
-) -> _Schema:  # fmt: skip
-    answers = {
-        200: _json(says, shown), 400: _error("The request is not understood; `param` says where."), 401: _NO_KEY,
-        403: _error("The key is not made for this: it lacks the scope `batch`."),
-        404: _error("There is no such thing for you."), 503: _UNAVAILABLE,
-    }  # fmt: skip
-    extra = {"security": _KEYED, "parameters": [*parameters], **(more or {})}
-    return {"operation_id": name, "responses": answers, "openapi_extra": extra}
-
-
-BATCH_CREATE = _batch(
-    "createBatch", "The batch.",
-    {"name": "idempotency-key", "in": "header", "schema": {"type": "string", "minLength": 1, "maxLength": 255},
-     "description": "Asked again with the same key and body, it is the batch of before."},
-    *[parameter for parameter in _CREATE["parameters"] if parameter["name"] == "x-embedgate-project"],
-    more={"requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/BatchRequest"}}},
-    }},
-)  # fmt: skip
-BATCH_CREATE["responses"] |= {
-    422: _error("The idempotency key came with another body."), 429: _error("Too many batches are open."),
-}  # fmt: skip
-BATCHES = _batch(
-    "listBatches", "Batches, the newest first.",
-    {"name": "limit", "in": "query", "schema": batch_wire.PAGE_SCHEMA},
-    {"name": "after", "in": "query", "schema": {"type": "string"}, "description": "The last id of the page before."},
-    shown="BatchList",
-)  # fmt: skip
-BATCH = _batch("retrieveBatch", "The batch.")
-BATCH_CANCEL = _batch("cancelBatch", "The batch, which will be `cancelled`.")
-BATCH_CANCEL["responses"][409] = _error("It has ended.")
-BATCH_EVENTS = _batch("followBatch", "Events `batch` with the batch as data, until it has ended.")
-BATCH_EVENTS["responses"][200]["content"] = {"text/event-stream": {}}
-BATCH_EVENTS["responses"][429] = _error("Too many batches are followed at once.", _WAIT)
-
-FILE_CREATE = _batch(
-    "createFile", "The file.", shown="File",
-    more={"requestBody": {
-        "required": True,
-        "content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/FileRequest"}}},
-    }},
-)  # fmt: skip
-FILE_CREATE["responses"] |= {
-    413: _error("The file is too large; the connection is closed."), 415: _error("It is compressed."),
-    429: _error("Your files would take more bytes than they may."),
-}  # fmt: skip
-FILES = _batch("listFiles", "Files, the newest first.", *file_wire.PAGE, shown="FileList")
-FILE = _batch("retrieveFile", "The file.", shown="File")
-FILE_CONTENT = _batch("downloadFile", "Its bytes.")
-FILE_CONTENT["responses"][200]["content"] = {"application/octet-stream": {}}
-FILE_DELETE = _batch("deleteFile", "That it is deleted.", shown="FileDeleted")
-FILE_DELETE["responses"][409] = _error("A batch that has not ended reads it.")
-
-
 def complete(api: FastAPI, *, embeds: bool) -> None:
     """Makes `api` describe the errors and the keys too, and the embeddings route if it `embeds`; in every document."""
     described = api.openapi
 
-    def document() -> _Schema:
+    def document() -> Schema:
         found = described()
         if embeds:
-            found["paths"]["/v1/embeddings"] = {"post": _CREATE}
+            found["paths"]["/v1/embeddings"] = {"post": CREATE}
         for methods in found["paths"].values():
             for operation in methods.values():
                 if operation["responses"].get("422", {}).get("description") == "Validation Error":
                     del operation["responses"]["422"]  # the framework's; nothing here answers so
         found["components"] = {
             "schemas": {
-                "EmbeddingRequest": _REQUEST, "EmbeddingResponse": _RESPONSE, "Embedding": _EMBEDDING,
-                "Model": _MODEL, "ModelList": _MODEL_LIST, "Status": _STATUS, "Error": _ERROR,
-                "Counts": _COUNTS, "UsageList": _USAGE_LIST, "Object": {"type": "object"}, **_BODIES, **_SHOWN,
-                **batch_wire.SCHEMAS, **file_wire.SCHEMAS,
+                "EmbeddingRequest": _REQUEST, "EmbeddingResponse": _RESPONSE, "Embedding": _EMBEDDING, "Model": _MODEL,
+                "ModelList": _MODEL_LIST, "Status": _STATUS, "Error": _ERROR, "Counts": _COUNTS, "Object": _OBJECT,
+                "UsageList": _USAGE_LIST, **_BODIES, **_SHOWN, **batch_wire.SCHEMAS, **file_wire.SCHEMAS,
             },
             "securitySchemes": {
                 "ApiKey": {"type": "http", "scheme": "bearer", "description": "Needed if any key is configured."},

@@ -37,7 +37,7 @@ FILE.output.jsonl and FILE.errors.jsonl, unless --output and --errors say where 
 
     embedgate jobs submit requests.jsonl
     embedgate jobs submit requests.jsonl --wait --output vectors.jsonl
-    embedgate jobs submit requests.jsonl --tier vendor_batch --metadata team=search
+    embedgate jobs submit requests.jsonl --metadata team=search --idempotency-key monday
 
 Given again with the same --idempotency-key it does not begin again. Exit code 3: some lines failed, 4: it was cancelled
 or expired, 2: something is wrong with the file.
@@ -57,7 +57,6 @@ _Server = Annotated[
 _Id = Annotated[str, typer.Argument(metavar="JOB", help="Its id: batch_ and 24 characters.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 _Wait = Annotated[bool, typer.Option("--wait", help="Stay until it is done.")]
-_Tier = Annotated[str, typer.Option(help="vendor_batch: through the vendor's own batches, slower and at their price.")]
 _HERE = "http://127.0.0.1:8080"
 _LOOK_S = 1.0
 _PLAIN_S = 10.0
@@ -71,13 +70,12 @@ def submit(
     wait: _Wait = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Where good lines go, with --wait.")] = None,
     errors: Annotated[Path | None, typer.Option(metavar="FILE", help="Where failed ones go, with --wait.")] = None,
-    tier: _Tier = "online",
     metadata: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="May be repeated.")] = None,
     idempotency_key: Annotated[str, typer.Option(metavar="KEY", help="Any name for this wish.")] = "",
     as_json: _AsJson = False,
 ) -> None:
     """See `_SUBMIT`."""
-    noted = _pairs(metadata or []) | ({} if tier == "online" else {"embedgate_tier": tier})
+    noted = _pairs(metadata or [])
     with _client(server) as client:
         job = _create(client, _upload(client, file), noted, idempotency_key)
         if not wait:

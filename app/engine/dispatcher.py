@@ -88,7 +88,7 @@ class Dispatcher:
         clock: Callable[[], float],
         rng: random.Random,
         route: Route,
-        several_tenants: bool = False,
+        several_tenants: Callable[[], bool] = lambda: False,
         bulk_min_tokens: int = 0,
     ) -> None:
         self._space = space

@@ -50,7 +50,7 @@ class EngineParts:
     older_secrets: Sequence[bytes] = ()
     bulk_share: float = 0.05
     bulk_min_tokens: int = 0
-    several_tenants: bool = False
+    several_tenants: Callable[[], bool] = lambda: False
     shares: Shares | None = None
 
 
@@ -199,12 +199,11 @@ class Gateway:
         merged = [have[key] for key in keys]
         joined = len(keys) - hits - len({parts[key].of for key in new})
         bought = [answers[key] for key in new]
-        result = _result(plan, merged, cache_hits=hits, joined=joined, answers=answers.values())
+        result = _result(plan, merged, cache_hits=hits, joined=joined, answers=answers.values(), bought=bought)
         if hits or joined:
             spared_tokens = result.tokens - sum(answer.tokens for answer in bought)
             self._tell_spared(plan, hits, joined, max(0, spared_tokens))
-        calls = sum(1 / answer.batch_items for answer in bought)
-        return msgspec.structs.replace(result, calls=calls, cost_nano_usd=_cost(plan.route, bought))
+        return result
 
     def _tell_spared(self, plan: Plan, hits: int, joined: int, tokens: int) -> None:
         """What the caller got without a purchase of its own, at the price of whoever serves first."""
@@ -370,12 +369,8 @@ def _parts_of(measured: Mapping[bytes, Sized], windows: Mapping[bytes, Sequence[
 def _cost(route: Route, bought: Sequence[Answer]) -> int | None:
     """What the calls cost that brought these, by the tokens that were billed; None where a price is not known."""
     prices = {deployment.name: deployment.price for deployment in route.deployments}
-    pico_usd = 0
-    for answer in bought:
-        if (price := prices[answer.deployment]) is None:
-            return None
-        pico_usd += answer.tokens * price
-    return pico_usd // 1000
+    costs = [None if (price := prices[each.deployment]) is None else each.tokens * price for each in bought]
+    return None if None in costs else sum(cost or 0 for cost in costs) // 1000
 
 
 def _failed(future: asyncio.Future[Answer]) -> bool:
@@ -383,9 +378,10 @@ def _failed(future: asyncio.Future[Answer]) -> bool:
 
 
 def _result(
-    plan: Plan, merged: Sequence[Vector], *, cache_hits: int, joined: int = 0, answers: Collection[Answer] = ()
-) -> EmbeddingResult:
-    """Puts the answer together, cut to the width that was asked for."""
+    plan: Plan, merged: Sequence[Vector], *, cache_hits: int, joined: int = 0, answers: Collection[Answer] = (),
+    bought: Sequence[Answer] = (),
+) -> EmbeddingResult:  # fmt: skip
+    """Puts the answer together, cut to the width that was asked for; `bought` are the answers that it pays for."""
     data = [vector.data for vector in merged]
     if plan.width is not None:
         data = [vectors.cut(full, plan.width) for full in data]
@@ -393,12 +389,10 @@ def _result(
     if not answers:
         return EmbeddingResult(data, tokens, plan.space, cache_hits, joined)
     return EmbeddingResult(
-        vectors=data,
-        tokens=tokens,
-        space=plan.space,
-        cache_hits=cache_hits,
-        joined=joined,
+        data, tokens, plan.space, cache_hits, joined,
         deployments=tuple(dict.fromkeys(answer.deployment for answer in answers)),
         queue_s=max(answer.queue_s for answer in answers),
         batch_items=max(answer.batch_items for answer in answers),
-    )
+        calls=sum(1 / answer.batch_items for answer in bought),
+        cost_nano_usd=_cost(plan.route, bought),
+    )  # fmt: skip

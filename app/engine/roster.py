@@ -42,7 +42,7 @@ class Roster:
         clock: Callable[[], float],
         spread: bool,
         spill_s: float,
-        several_tenants: bool = False,
+        several_tenants: Callable[[], bool] = lambda: False,
     ) -> None:
         self._space = space
         self._gates = gates
@@ -92,7 +92,7 @@ class Roster:
         Where tenants share a quota that cannot keep up, those that want more of it than their share are paced. Whoever
         wants less gets it at once, but nothing of the others' comes along.
         """
-        if not self._several_tenants or wish.back is not None or wish.priority != Priority.DEFAULT:
+        if not self._several_tenants() or wish.back is not None or wish.priority != Priority.DEFAULT:
             return wish, False
         if gate.worth_s(wish.tokens, wish.items) <= _BACKLOG_S:
             return wish, False

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from hashlib import blake2b
 from typing import Final
 
-from app.job import Job, Purpose, StoredFile, Task, file_blob, parts_prefix, piece_blobs
+from app.job import Job, StoredFile, Task, file_blob, parts_prefix, piece_blobs
 from app.job_ports import Blobs, JobStore
 from app.jobs.embedding import Wire
 from app.jobs.reading import lines_of
@@ -14,17 +14,18 @@ _ID_CHARS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _ID_LENGTH = 24
 
 
-async def join(task: Task, store: JobStore, blobs: Blobs, wire: Wire) -> bool:
+async def join(task: Task, store: JobStore, blobs: Blobs, wire: Wire, *, keep_s: int) -> bool:
     """Writes both files, as far as there is something in them, and closes the job; False: somebody else holds it.
 
-    Whoever does it again writes the same bytes under the same names. Raises OSError.
+    They are kept for `keep_s` unless the order says for how long. Whoever does it again writes the same bytes under the
+    same names. Raises OSError.
     """
     job = task.job
     pieces = [(number, fence, piece) for number, fence, piece in await store.pieces(job.id)]
     good = [piece_blobs(job.id, number, fence, each.number)[0] for number, fence, each in pieces if each.output_bytes]
     bad = [piece_blobs(job.id, number, fence, each.number)[1] for number, fence, each in pieces if each.error_bytes]
-    output = await _written(job, "output", blobs, _read(blobs, good))
-    errors = await _written(job, "error", blobs, _with_leftovers(job, store, blobs, wire, bad))
+    output = await _written(job, "output", blobs, _read(blobs, good), keep_s)
+    errors = await _written(job, "error", blobs, _with_leftovers(job, store, blobs, wire, bad), keep_s)
     if not await store.close(task, output=output, errors=errors):
         return False
     await blobs.delete_under(parts_prefix(job.id))
@@ -50,8 +51,10 @@ async def _with_leftovers(
                 yield wire.undone(job, line.custom_id, code)
 
 
-async def _written(job: Job, what: str, blobs: Blobs, data: AsyncIterator[bytes]) -> StoredFile | None:
-    """The file; None where there was nothing to write."""
+async def _written(
+    job: Job, what: str, blobs: Blobs, data: AsyncIterator[bytes], keep_s: int
+) -> StoredFile | None:  # fmt: skip
+    """The file, with its lifespan from the time 0 on; None where there was nothing to write."""
     first = await anext(data, None)
     if first is None:
         return None
@@ -61,8 +64,8 @@ async def _written(job: Job, what: str, blobs: Blobs, data: AsyncIterator[bytes]
         async for more in data:
             size_bytes += len(more)
             await writer.write(more)
-    purpose: Purpose = "batch_output"
-    return StoredFile(file_id, job.order.tenant, purpose, f"{job.id}_{what}.jsonl", size_bytes, 0)
+    name, lifespan_s = f"{job.id}_{what}.jsonl", job.order.output_expires_after_s or keep_s
+    return StoredFile(file_id, job.order.tenant, "batch_output", name, size_bytes, 0, lifespan_s)
 
 
 def _file_id(job_id: str, what: str) -> str:

@@ -38,7 +38,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How much is done at one moment, and what a file may hold."""
+    """How much is done at one moment, what a file may hold, and for how long what came of it is kept."""
 
     tasks: int
     window: Window
@@ -46,6 +46,7 @@ class Bounds:
     max_lines: int
     max_inputs: int
     shard_lines: int
+    keep_s: int
 
 
 class Runner:
@@ -68,7 +69,7 @@ class Runner:
         self._owner = owner
         self._serves = serves
         self._rng = rng
-        self._held: dict[tuple[str, int], tuple[Task, asyncio.Task[None]]] = {}
+        self._held: dict[asyncio.Task[None], Task] = {}
         self._wake = asyncio.Event()
         self._tasks = asyncio.TaskGroup()
         self._loops: list[asyncio.Task[None]] = []
@@ -82,7 +83,7 @@ class Runner:
     async def __aexit__(self, *exc_info: object) -> None:
         for loop in self._loops:
             loop.cancel()
-        for _, work in self._held.values():
+        for work in self._held:
             work.cancel()
         await self._tasks.__aexit__(None, None, None)
 
@@ -111,24 +112,33 @@ class Runner:
             self._wake.clear()
 
     def _start(self, tasks: Sequence[Task]) -> int:
+        """Who was gone for so long that it gets again what it had stops what it was doing then."""
         for task in tasks:
+            for work, before in self._held.items():
+                if (before.job.id, before.number) == (task.job.id, task.number):
+                    work.cancel()
             work = self._tasks.create_task(self._work(task), name=f"{task.kind} {task.job.id} {task.number}")
-            self._held[task.job.id, task.number] = (task, work)
+            self._held[work] = task
+            work.add_done_callback(self._ended)
         return len(tasks)
+
+    def _ended(self, work: asyncio.Task[None]) -> None:
+        del self._held[work]
+        self._wake.set()
 
     async def _renew(self) -> None:
         """What could not be renewed in time others may have by now: they are the ones whose word counts."""
         while True:
             await asyncio.sleep(_RENEW_S)
-            held = [task for task, _ in self._held.values()]
+            held = dict(self._held)
             if not held:
                 continue
             with suppress(LevelDown):
-                kept = {(task.job.id, task.number) for task in await self._store.renew(held, for_s=LEASE_S)}
-                for task in held:
-                    key = (task.job.id, task.number)
-                    if key not in kept and key in self._held and self._held[key][0].fence == task.fence:
-                        self._held[key][1].cancel()
+                kept = await self._store.renew([*held.values()], for_s=LEASE_S)
+                still = {(task.job.id, task.number, task.fence) for task in kept}
+                for work, task in held.items():
+                    if (task.job.id, task.number, task.fence) not in still:
+                        work.cancel()
 
     # ── work ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -138,6 +148,10 @@ class Runner:
         outcome = "dropped"
         try:
             outcome = await self._do(task)
+            if outcome == "taken over":  # or called off: then nobody has to wait until the lease ends
+                await self._store.give_back(task)
+        except LevelDown:
+            pass
         except Paused as paused:
             reason = str(paused)
             outcome = f"paused: {reason}"
@@ -154,12 +168,10 @@ class Runner:
             self._telemetry.loop_crashed(loop="jobs", error=bug)
             await self._later(task)
         finally:
-            del self._held[task.job.id, task.number]
             self._telemetry.task_finished(
                 job=task.job.id, kind=task.kind, number=task.number, outcome=outcome,
                 duration_s=time.monotonic() - started,
             )  # fmt: skip
-            self._wake.set()
 
     async def _later(self, task: Task) -> None:
         """Somebody else may have more luck, or this one a little later."""
@@ -179,7 +191,8 @@ class Runner:
                 )  # fmt: skip
                 return "done" if await work.run() else "taken over"
             case "join":
-                joined = await self._surely(lambda: join(task, self._store, self._blobs, self._wire))
+                keep_s = self._bounds.keep_s
+                joined = await self._surely(lambda: join(task, self._store, self._blobs, self._wire, keep_s=keep_s))
                 return "done" if joined else "taken over"
             case _:
                 assert_never(task.kind)

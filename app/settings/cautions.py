@@ -51,6 +51,9 @@ def cautions(settings: Settings, today: date) -> Iterator[str]:
         if retirement.near:
             yield f"{dotted(('deployments', retirement.deployment, 'model'))}: {retirement}"
     yield from _open_to_operators(settings.server)
+    if settings.stores.database_url is not None and not settings.bulk.blobs:
+        text = "files lie in the data_dir of whoever took them; name a folder or a bucket that all replicas share"
+        yield f"{dotted(('bulk', 'blobs'))}: {text}"
     for name, deployment in settings.deployments.items():
         yield from _quotas(name, deployment)
     for name, model in settings.models.items():

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
 from app.errors import BudgetExhausted, InternalError, TryAgainLater
 from app.ports import Bounds
@@ -16,6 +16,7 @@ from app.storage.redis_budget import Answer, decide, remembered_us
 from app.storage.redis_server import RedisServer, StoreDown
 from app.storage.sql.database import DatabaseDown
 from app.storage.sql.entries import spans_of
+from app.storage.sql.ledger import SqlLedger
 from app.telemetry import Telemetry
 
 TICK_S: Final = 1.0
@@ -26,18 +27,9 @@ _IDLE_S = 60.0  # after so long without a request a tenant's figures are forgott
 _PATIENCE_S = 4.0  # the longest that a request waits for what others hold, or for what a server forgot
 _AGAIN_S = 0.25
 _RETURN_S = 1.5  # how long every replica goes on alone when the server is back, and tells it what it knows
-_CLOSE_S = 1.0
-_AT_ONCE, _TELL_S = 32, 0.1  # tenants told of at one moment, and for how long that is waited for
-_MOST_SETTLED = 64
-_UNKNOWN: Final = -1
+_AT_ONCE, _TELL_S, _CLOSE_S = 32, 0.1, 1.0  # tenants told of at one moment, and for how long that is waited for
+_MOST_SETTLED, _UNKNOWN = 64, -1
 _NOBODY_KNOWS = "What is left of your budget is not known. Please try again later."
-
-
-class Books(Protocol):
-    """What of the ledger budgets ask for."""
-
-    async def spent(self, accounts: Sequence[str], spans: Sequence[str]) -> Mapping[tuple[str, str], int]:
-        """See `SqlLedger.spent`."""
 
 
 class SharedBudgets:
@@ -56,7 +48,7 @@ class SharedBudgets:
     """
 
     def __init__(
-        self, books: Books, telemetry: Telemetry, *, server: RedisServer | None = None, replica: str = "",
+        self, books: SqlLedger, telemetry: Telemetry, *, server: RedisServer | None = None, replica: str = "",
         max_replicas: int = 1, clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self.unbooked: Callable[[str], Mapping[str, int]] = lambda _: {}
@@ -100,7 +92,8 @@ class SharedBudgets:
             self._set_aside(bounds, nano_usd)
             return
         now = self._now()
-        claim = Claim(bounds, spans, nano_usd, now + min(within_s, _PATIENCE_S), _future())
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        claim = Claim(bounds, spans, nano_usd, now + min(within_s, _PATIENCE_S), answer)
         purse.waiting.append(claim)
         if purse.asking is None:
             purse.asking = self._tasks.create_task(self._serve(purse, tells=False))
@@ -394,21 +387,13 @@ class SharedBudgets:
             for account in purse.accounts.values():
                 for over in account.spans.keys() - current:
                     del account.spans[over]
-            if self._idle(purse):
+            idle = purse.asking is None and self._now() - purse.used_at >= _IDLE_S
+            if idle and not self._holds(purse):
                 del self._purses[name]
                 for account_name in purse.accounts:
                     del self._accounts[account_name]
-
-    def _idle(self, purse: Purse) -> bool:
-        if purse.asking is not None or self._now() - purse.used_at < _IDLE_S:
-            return False
-        return not self._holds(purse)
 
     def _holds(self, purse: Purse) -> bool:
         """Whether the others have to leave something to this process, or think so."""
         busy = any(account.aside or self.unbooked(account.name) for account in purse.accounts.values())
         return busy or any(span.held or span.alone for span in purse.spans())
-
-
-def _future() -> asyncio.Future[None]:
-    return asyncio.get_running_loop().create_future()

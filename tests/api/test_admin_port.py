@@ -88,14 +88,17 @@ async def test_on_loopback_only_a_name_of_this_machine_opens_it(tmp_path: Path) 
 
 
 async def test_elsewhere_it_is_free_until_operators_have_a_key(tmp_path: Path) -> None:
-    """It was opened on purpose; with the first key for operators it asks for one."""
+    """It was opened on purpose; with the first key for operators it asks for one, and ending that opens nothing."""
     async with parted(tmp_path, ELSEWHERE) as (edge, operators):
         assert await statuses(operators, host="metrics.internal") == {200}
-        key = (await operators.post("/admin/keys", json={"scopes": ["admin"]})).json()["key"]
+        made = (await operators.post("/admin/keys", json={"scopes": ["admin"]})).json()
+        key = made["key"]
         assert await statuses(operators) == {401}
         assert await statuses(operators, KEY) == {401}
         assert await statuses(operators, key) == {200}
         assert await statuses(edge.http, key, OF_OPERATORS) == {404}
+        assert (await operators.delete(f"/admin/keys/{made['id']}", headers=bearing(key))).status_code == 200
+        assert await statuses(operators) == {401}
 
 
 async def test_elsewhere_a_configured_admin_key_is_asked_for(tmp_path: Path) -> None:

@@ -245,14 +245,14 @@ async def test_the_official_clients_errors_are_its_own_classes(tmp_path: Path) -
 async def test_a_batch_that_waits_says_for_what(tmp_path: Path) -> None:
     """In its metadata beside the caller's own, where every client shows it, and in our field."""
     async with ordered_at(tmp_path) as edge, client(edge) as made:
-        new = await order(edge, metadata={"embedgate_tier": "vendor_batch"})
+        new = await order(edge, metadata={"embedgate_tier": "online"})
         await accepted(edge)
         await edge.runtime.stores.jobs.pause(await taken(edge), "budget", for_s=60)
         found = await made.batches.retrieve(new["id"])
     assert found.status == "in_progress"
-    assert found.metadata == {"embedgate_tier": "vendor_batch", "embedgate_paused": "budget"}
+    assert found.metadata == {"embedgate_tier": "online", "embedgate_paused": "budget"}
     own = (found.model_extra or {})["embedgate"]
-    assert (own["tier"], own["paused"], own["cost_usd"]) == ("vendor_batch", "budget", "0.00")
+    assert (own["tier"], own["paused"], own["cost_usd"]) == ("online", "budget", "0.00")
 
 
 # ── what cannot be ordered ──────────────────────────────────────────────────────────────────────────────────────────
@@ -273,6 +273,7 @@ FAULTS: dict[str, tuple[Mapping[str, Any], str, str]] = {
     "too long a value": ({"metadata": {"k": _LONG}}, "metadata", "string_above_max_length"),
     "a value that is a number": ({"metadata": {"k": 1}}, "metadata", "invalid_type"),
     "a tier that there is not": ({"metadata": {"embedgate_tier": "free"}}, "metadata", "invalid_value"),
+    "a tier of later": ({"metadata": {"embedgate_tier": "vendor_batch"}}, "metadata", "unsupported_value"),
     "expiry of a string": ({"output_expires_after": "1h"}, "output_expires_after", "invalid_type"),
     "expiry without seconds": (
         {"output_expires_after": {"anchor": "created_at"}},

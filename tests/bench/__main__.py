@@ -10,7 +10,7 @@ import time
 
 import uvloop
 
-from tests.bench import batching, cached, growth, idle, largest, local_model, waiting
+from tests.bench import batching, bulk, cached, growth, idle, largest, local_model, waiting
 from tests.bench.figures import Figure, keep, table
 from tests.bench.processes import LOADING, RESULTS, place
 
@@ -22,6 +22,7 @@ _MEASUREMENTS = {
     "largest": largest.measure,
     "local": local_model.measure,
     "growth": growth.measure,
+    "bulk": bulk.measure,
 }
 
 

@@ -21,7 +21,25 @@ async def measure() -> list[Figure]:
         bare = await stack.enter_async_context(server(*serving("bare"), cores=SERVING))
         fastapi = await stack.enter_async_context(server(*serving("fastapi"), cores=SERVING))
         ours = await stack.enter_async_context(server(*embedgate(configuration), cores=SERVING))
-        return [figure for chars in (50, 1600) for figure in await _compare(chars, bare, fastapi, ours)]
+        figures = [figure for chars in (50, 1600) for figure in await _compare(chars, bare, fastapi, ours)]
+        budget = "budget_usd_per_day = 10\nbudget_usd_per_month = 100"
+        bounded = configured("cached-budget", {UPSTREAM_MODEL: (stand_in, "")}, tenant=budget)
+        theirs = await stack.enter_async_context(server(*embedgate(bounded), cores=SERVING))
+        return [*figures, await _budgeted(ours, theirs)]
+
+
+async def _budgeted(without: Server, with_: Server) -> Figure:
+    """The same of a tenant with a budget over one without."""
+    text = prose()[:50]
+    for each in (without, with_):
+        await ask(each, request(text, headers="connection: close\r\n"))
+    ratios = []
+    for _ in range(_ROUNDS):
+        loads = [await drive(each, itertools.repeat(request(text)), callers=_CALLERS, seconds=_ROUND_S, awake=True)
+                 for each in (with_, without)]  # fmt: skip
+        ratios.append(loads[0].core_rate / loads[1].core_rate)
+    name = "cached text with a budget: requests/core-s over without"
+    return Figure(name, statistics.median(ratios), 0.95, "×", at_least=True, details={"ratios": ratios})
 
 
 async def _compare(chars: int, bare: Server, fastapi: Server, ours: Server) -> list[Figure]:

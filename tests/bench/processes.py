@@ -90,15 +90,18 @@ def upstream(latency_ms: float, *options: str) -> tuple[str, ...]:
     return ("tests.emulators", "openai", "--constant", "--port", "{port}", "--latency-ms", str(latency_ms), *options)
 
 
-def configured(name: str, models: Mapping[str, tuple[Server, str]]) -> Path:
-    """Writes embedgate's configuration: a key, a complete log, and per model its upstream and that one's limits."""
+def configured(name: str, models: Mapping[str, tuple[Server, str]], *, tenant: str = "") -> Path:
+    """Writes embedgate's configuration: a key, a complete log, and per model its upstream and that one's limits.
+
+    `tenant` is what else is set for the one whose key it is.
+    """
     RESULTS.mkdir(exist_ok=True)
     log = RESULTS / f"{name}.log"
     log.unlink(missing_ok=True)
     stores = RESULTS / f"{name}.stores"
     shutil.rmtree(stores, ignore_errors=True)
     lines = [f"[server]\nlog_sample = 1.0\nlog_file = '{log}'", f"[stores]\ndata_dir = '{stores}'"]
-    lines += [f"[tenants.bench]\napi_key = '{KEY}'"]
+    lines += [f"[tenants.bench]\napi_key = '{KEY}'\n{tenant}"]
     for model, (stand_in, limits) in models.items():
         lines += [
             f"[deployments.'{model}']\ndialect = 'openai'\nmodel = '{UPSTREAM_MODEL}'\n{limits}",

@@ -20,6 +20,7 @@ from app.storage.budgets import SharedBudgets
 from app.storage.redis_server import RedisServer
 from app.storage.sql.database import DatabaseDown
 from app.storage.sql.entries import spans_of
+from app.storage.sql.ledger import SqlLedger
 from app.telemetry import Telemetry
 from tests.replicas import TimelessServer, timeless
 
@@ -66,8 +67,8 @@ class Replica:
         self.began_s = began_s
         self.now_s: Callable[[], float] = lambda: began_s + loop.time() - start_s
         self.budgets = SharedBudgets(
-            sql, Telemetry(stream=io.BytesIO()), server=cast("RedisServer | None", server), replica=name,
-            max_replicas=parts, clock=self.now_s,
+            cast("SqlLedger", sql), Telemetry(stream=io.BytesIO()), server=cast("RedisServer | None", server),
+            replica=name, max_replicas=parts, clock=self.now_s,
         )  # fmt: skip
         self.unbooked: dict[str, Counter[str]] = {}
         self.budgets.unbooked = lambda account: self.unbooked.get(account, {})

@@ -249,8 +249,11 @@ async def test_old_rows_go_and_their_sums_stay(sql: SqlLedger, database: Databas
     lines = [line(str(number), "billed", 10, at_ms=now - 11 * 86_400_000) for number in range(1500)]
     await sql.book(lines[:1000])
     await sql.book([*lines[1000:], line("young", "billed", 10, at_ms=now - 9 * 86_400_000)])
-    assert await sql.trim(10) == 1500
+    old, young = ((now - days * 86_400_000) // 60_000 for days in (11, 9))
+    await sql.add_spared({(old, "search", "small"): Spared(1), (young, "search", "small"): Spared(2)})
+    assert await sql.trim(10) == 1501
     assert list(await states(database)) == ["young"]
+    assert await scalars(database, select(spared.c.hits)) == [2]
     assert await scalars(database, select(func.sum(usage_totals.c.tokens))) == [15_010]
 
 

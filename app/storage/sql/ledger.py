@@ -117,18 +117,18 @@ class SqlLedger:
         return await self._database.write(use, within_s=_WITHIN_S)
 
     async def trim(self, keep_days: int) -> int:
-        """Deletes rows that are older, a minute long at most, and keeps their sums; how many. One replica for all."""
+        """Deletes rows that are older, for a minute at most, and keeps their sums by hour; how many. One for all."""
         until = time.monotonic() + _TRIM_S
         mine = partial(leases.take, name="ledger.trim", for_s=_TRIM_S)
         if not await self._database.write(mine, within_s=_WITHIN_S):
             return 0
-        key = (ledger.c.call, ledger.c.part)
-        old = select(*key).where(ledger.c.at_ms < now_ms - keep_days * _DAY_MS).limit(_TRIMMED_ROWS)
-        statement = ledger.delete().where(tuple_(*key).in_(old))
-        dropped, gone = 0, _TRIMMED_ROWS
-        while gone == _TRIMMED_ROWS and time.monotonic() < until:
-            gone = await self._database.write(partial(_count, statement=statement), within_s=_WITHIN_S)
-            dropped += gone
+        since_ms, dropped = now_ms - keep_days * _DAY_MS, 0
+        for table, old in ((ledger, ledger.c.at_ms < since_ms), (spared, spared.c.minute < since_ms // 60_000)):
+            key, gone = [*table.primary_key], _TRIMMED_ROWS
+            statement = table.delete().where(tuple_(*key).in_(select(*key).where(old).limit(_TRIMMED_ROWS)))
+            while gone == _TRIMMED_ROWS and time.monotonic() < until:
+                gone = await self._database.write(partial(_count, statement=statement), within_s=_WITHIN_S)
+                dropped += gone
         return dropped
 
     # ── one transaction ─────────────────────────────────────────────────────────────────────────────────────────────

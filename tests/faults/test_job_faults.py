@@ -1,0 +1,257 @@
+"""What becomes of jobs in the middle: called off, out of time or money, their runners gone, their database away."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pybase64
+from sqlalchemy import update
+
+from app.api import bulk
+from app.job import ENDED, Job, Order, StoredFile, file_blob
+from app.jobs.runner import Runner
+from app.runtime import Runtime
+from app.settings import load
+from app.storage.sql.tables import job_tasks, jobs
+from tests.contract.stored import change
+from tests.emulators import faults
+from tests.emulators.openai import OpenAIEmulator
+from tests.identity import identifying_vector
+from tests.servers import PostgresProcess, ValkeyProcess
+
+MODEL, LINES = "text-embedding-3-small", 1000
+
+CONFIGURATION = """
+[server]
+secret = "what-all-of-them-share-0123456789"
+log_file = "{folder}/log.jsonl"
+[stores]
+data_dir = "{folder}"
+{stores}
+[bulk]
+blobs = "{blobs}"
+shard_lines = 100
+lines_at_once = 16
+[deployments.main]
+dialect = "openai"
+base_url = "{upstream}"
+api_key = "sk-emulator-key"
+model = "{model}"
+usd_per_million_tokens = 20
+max_batch_items = 16
+max_in_flight = 4
+[models."{model}"]
+deployments = ["main"]
+[tenants.search]
+api_key = "key-of-search"
+{tenant}
+"""
+
+
+@dataclass
+class Site:
+    """A replica, and where it buys."""
+
+    runtime: Runtime
+    upstream: OpenAIEmulator
+
+    async def begin(self, lines: int = LINES, **order: Any) -> Job:
+        """A job of so many lines, uploaded and created."""
+        stores = self.runtime.stores
+        said = {"method": "POST", "url": "/v1/embeddings"}
+        async with stores.blobs.writing(file_blob("file-in")) as writer:
+            for at in range(lines):
+                body = {"model": MODEL, "input": text(at), "encoding_format": "base64"}
+                await writer.write(orjson.dumps({"custom_id": f"line-{at}", **said, "body": body}) + b"\n")
+        if await stores.jobs.file("search", "file-in") is None:
+            await stores.jobs.add_file(StoredFile("file-in", "search", "batch", "in.jsonl", 1, 0), most_bytes=0)
+        values: dict[str, Any] = {"window_s": 86_400, "metadata": {}} | order
+        return await stores.jobs.create(Order("batch_x", "search", "", "", "", "file-in", **values), most_open=0)
+
+    async def look(self) -> Job:
+        """The job as it is."""
+        job = await self.runtime.stores.jobs.job("search", "batch_x")
+        assert job is not None
+        return job
+
+    async def until(self, done: int) -> None:
+        """So many lines are done."""
+        async with asyncio.timeout(30):
+            while (await self.look()).completed < done:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+    async def end(self) -> Job:
+        """The job when it has ended."""
+        async with asyncio.timeout(60):
+            while (job := await self.look()).status not in ENDED:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        return job
+
+    async def lines(self, file_id: str) -> list[Any]:
+        """What is in a file."""
+        pieces = [piece async for piece in self.runtime.stores.blobs.reading(file_blob(file_id))] if file_id else []
+        return [orjson.loads(line) for line in b"".join(pieces).splitlines()]
+
+    async def check(self, job: Job, lines: int = LINES, *, code: str | None = None) -> int:
+        """Each line is in one of the files, in order, with its own vector or this code; how many are good."""
+        good, bad = await self.lines(job.output_file_id), await self.lines(job.error_file_id)
+        assert [line["error"]["code"] for line in bad] == [code] * len(bad)
+        found = [int(line["custom_id"].removeprefix("line-")) for line in good]
+        left = [int(line["custom_id"].removeprefix("line-")) for line in bad]
+        assert found == sorted(found)
+        assert left == sorted(left)
+        assert sorted(found + left) == list(range(lines))
+        assert job.completed == len(good)
+        for at, line in zip(found, good, strict=True):
+            vector = pybase64.b64decode(line["response"]["body"]["data"][0]["embedding"])
+            assert np.frombuffer(vector, "<f4").tobytes() == identifying_vector(text(at), MODEL, 1536).tobytes()
+        return len(good)
+
+    @property
+    def bought(self) -> Counter[str]:
+        """How often each text was."""
+        inputs = [arrival.body["input"] for arrival in self.upstream.arrivals]
+        return Counter(one for given in inputs for one in ([given] if isinstance(given, str) else given))
+
+
+def text(line: int) -> str:
+    """What a line asks for."""
+    return f"the text of line {line}"
+
+
+@asynccontextmanager
+async def sites(
+    folder: Path, *, count: int = 1, stores: str = "", tenant: str = "", latency_s: float = 0.3
+) -> AsyncIterator[list[Site]]:
+    """So many replicas, and nobody who works."""
+    async with AsyncExitStack() as stack:
+        upstream = await stack.enter_async_context(OpenAIEmulator(latency_s=latency_s))
+        made = []
+        for number in range(count):
+            own = folder / f"r{number}"
+            await asyncio.to_thread(own.mkdir)
+            where = {"folder": own, "blobs": folder / "blobs", "stores": stores, "tenant": tenant}
+            said = CONFIGURATION.format(upstream=upstream.base_url, model=MODEL, **where)
+            await asyncio.to_thread((own / "embedgate.toml").write_text, said)
+            runtime = await stack.enter_async_context(Runtime(load(own / "embedgate.toml", {})))
+            made.append(Site(runtime, upstream))
+        yield made
+
+
+async def drop(runner: Runner) -> None:
+    """The runner dies: nobody hears of it any more, and what it held stays leased."""
+    for loop in runner._loops:
+        loop.cancel()
+    for work in runner._held:
+        work.cancel()
+    await asyncio.sleep(0)
+
+
+async def test_a_job_that_is_called_off_keeps_what_is_done(tmp_path: Path) -> None:
+    """The rest is told line by line, and no call begins any more."""
+    async with sites(tmp_path) as (site,), bulk.runner(site.runtime):
+        await site.begin()
+        await site.until(50)
+        assert await site.runtime.stores.jobs.cancel("search", "batch_x") is not None
+        job = await site.end()
+        assert job.status == "cancelled"
+        assert 50 <= await site.check(job, code="batch_cancelled") < LINES
+
+
+async def test_a_job_whose_time_is_over_keeps_what_is_done(tmp_path: Path) -> None:
+    """Just so."""
+    async with sites(tmp_path) as (site,), bulk.runner(site.runtime):
+        await site.begin()
+        await site.until(50)
+        await change(site.runtime.stores.database, update(jobs).values(expires_at_ms=1))
+        job = await site.end()
+        assert job.status == "expired"
+        assert 50 <= await site.check(job, code="batch_expired") < LINES
+
+
+async def test_another_runner_goes_on_where_one_died(tmp_path: Path) -> None:
+    """Once its leases are over; nothing that was committed is done again, and hardly anything is bought again."""
+    async with sites(tmp_path) as (site,):
+        async with bulk.runner(site.runtime) as first:
+            await site.begin()
+            await site.until(100)
+            await drop(first)
+        async with bulk.runner(site.runtime):
+            await change(site.runtime.stores.database, update(job_tasks).values(held_until_ms=1))
+            job = await site.end()
+        assert job.status == "completed"
+        assert await site.check(job) == LINES
+        assert sum(count - 1 for count in site.bought.values()) <= 4 * 16
+
+
+async def test_two_replicas_share_a_job(
+    tmp_path: Path, own_valkey: ValkeyProcess, own_postgres: PostgresProcess
+) -> None:  # fmt: skip
+    """Each takes shards of it, and Postgres is killed in between: nobody loses a line."""
+    stores = f'redis_url = "{own_valkey.url}"\ndatabase_url = "{own_postgres.url}"'
+    async with sites(tmp_path, count=2, stores=stores) as (one, two), bulk.runner(one.runtime) as first:
+        async with bulk.runner(two.runtime) as second:
+            await one.begin()
+            await one.until(50)
+            assert first.at_work
+            assert second.at_work
+            await asyncio.to_thread(own_postgres.kill)
+            await asyncio.sleep(1.0)
+            await asyncio.to_thread(own_postgres.restart)
+            async with asyncio.timeout(60):
+                while one.runtime.stores.database.up is False:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            job = await one.end()
+        assert job.status == "completed"
+        assert await one.check(job) == LINES
+
+
+async def test_a_spent_budget_pauses_a_job(tmp_path: Path) -> None:
+    """No line fails for it; with more money it goes on."""
+    budget = "budget_usd_per_month = 0.02"  # a thousand tokens
+    async with sites(tmp_path, tenant=budget) as (site,), bulk.runner(site.runtime):
+        await site.begin()
+        async with asyncio.timeout(30):
+            while not (await site.look()).pause:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        paused = await site.look()
+        assert (paused.status, paused.pause, paused.failed) == ("in_progress", "budget", 0)
+        assert site.upstream.bill.tokens <= 1000
+        assert 0 < paused.completed < LINES
+        assert paused.work.nano_usd is not None
+        assert paused.work.nano_usd <= 1000 * 20_000
+
+
+async def test_who_gets_again_what_it_had_goes_on_once(tmp_path: Path) -> None:
+    """A runner that was away for longer than its leases takes its own tasks anew, and stops what it was doing."""
+    async with sites(tmp_path) as (site,), bulk.runner(site.runtime) as runner:
+        await site.begin()
+        await site.until(50)
+        for _ in range(3):
+            await change(site.runtime.stores.database, update(job_tasks).values(held_until_ms=1))
+            runner._bounds = replace(runner._bounds, tasks=runner._bounds.tasks + 4)
+            runner.wake()
+            await asyncio.sleep(0.3)
+        job = await site.end()
+        assert job.status == "completed"
+        assert await site.check(job) == LINES
+
+
+async def test_a_provider_that_is_out_is_waited_for(tmp_path: Path) -> None:
+    """Accepted while nobody answers, done by itself when somebody does, by a process that was not there before."""
+    async with sites(tmp_path) as (site,):
+        site.upstream.inject(faults.status(503))
+        async with bulk.runner(site.runtime):
+            await site.begin(lines=20)
+            await asyncio.sleep(2.0)
+        site.upstream.heal()
+        async with bulk.runner(site.runtime):
+            job = await site.end()
+        assert (job.status, job.failed) == ("completed", 0)
+        assert await site.check(job, lines=20) == 20
