@@ -11,6 +11,7 @@ from tests.bench.processes import LOADING, SERVING, UPSTREAM_MODEL, Server, conf
 from tests.bench.prose import prose
 
 _CALLERS, _ROUNDS, _ROUND_S = 32, 3, 1.7
+_TURNS, _TURN_S = 31, 0.4  # of two that should be alike
 
 
 async def measure() -> list[Figure]:
@@ -34,8 +35,8 @@ async def _budgeted(without: Server, with_: Server) -> Figure:
     for each in (without, with_):
         await ask(each, request(text, headers="connection: close\r\n"))
     ratios = []
-    for _ in range(_ROUNDS):
-        loads = [await drive(each, itertools.repeat(request(text)), callers=_CALLERS, seconds=_ROUND_S, awake=True)
+    for _ in range(_TURNS):
+        loads = [await drive(each, itertools.repeat(request(text)), callers=_CALLERS, seconds=_TURN_S, awake=True)
                  for each in (with_, without)]  # fmt: skip
         ratios.append(loads[0].core_rate / loads[1].core_rate)
     name = "cached text with a budget: requests/core-s over without"
