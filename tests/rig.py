@@ -285,6 +285,7 @@ async def engine(
     budgets: Budgets | None = None,
     shares: Shares | None = None,
     several_tenants: bool = False,
+    bulk_min_tokens: int = 0,
     cuts_dimensions: bool = False,
     max_input_tokens: int = 100,
     prompts: tuple[tuple[InputType, str], ...] = (),
@@ -327,6 +328,7 @@ async def engine(
         telemetry=telemetry,
         secret=b"rig",
         several_tenants=lambda: several_tenants,
+        bulk_min_tokens=bulk_min_tokens,
         shares=shares,
     )
     billed_before = sum(each.billed for each in providers)

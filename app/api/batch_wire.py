@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final, NamedTuple, get_args
 
 from app import money
-from app.api import bulky
-from app.api.errors import body_too_large, printable
+from app.api import bulky, wrong
+from app.api.errors import body_too_large
 from app.errors import InvalidRequest
 from app.job import Job, Status, Tier
 
@@ -59,7 +59,7 @@ def read(body: bytes) -> Wanted:
     metadata = _metadata(fields.get("metadata"))
     tier = metadata.get(_TIER, _TIERS[0])
     if tier not in _TIERS:
-        raise _wrong_value("metadata", tier, _TIERS)
+        raise wrong.value("metadata", tier, _TIERS)
     if tier != "online":  # never taken and not done
         text = f"Invalid value for '{_TIER}': '{tier}' is not supported by this version yet."
         raise InvalidRequest(text, param="metadata", code="unsupported_value")
@@ -72,30 +72,29 @@ def page(query: Iterable[tuple[str, str]]) -> Page:
     _refuse_unknown(given, Page._fields)
     limit = given.get("limit", str(_LIMIT))
     if not _INTEGER(limit):
-        raise _wrong_type("limit", "an integer", limit)
-    return Page(given.get("after", ""), _within("limit", int(limit), 1, _MOST_LIMIT))
+        raise wrong.kind("limit", "an integer", limit)
+    return Page(given.get("after", ""), wrong.within("limit", int(limit), 1, _MOST_LIMIT))
 
 
 def _refuse_unknown(given: Iterable[str], known: Collection[str], of: str = "") -> None:
     for name in given:
         if name not in known:
-            shown = of + printable(name)
-            raise InvalidRequest(f"Unknown parameter: '{shown}'.", param=shown, code="unknown_parameter")
+            raise wrong.unknown(name, of)
 
 
 def _string(fields: Mapping[str, Any], name: str, of: str = "") -> str:
     if name not in fields:
-        raise _missing(of + name)
+        raise wrong.missing(of + name)
     value = fields[name]
     if not isinstance(value, str):
-        raise _wrong_type(of + name, "a string", value)
+        raise wrong.kind(of + name, "a string", value)
     return value
 
 
 def _choice(fields: Mapping[str, Any], name: str, choices: Collection[str], of: str = "") -> str:
     value = _string(fields, name, of)
     if value not in choices:
-        raise _wrong_value(of + name, value, choices)
+        raise wrong.value(of + name, value, choices)
     return value
 
 
@@ -104,14 +103,14 @@ def _metadata(value: Any) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise _wrong_type("metadata", "an object", value)
+        raise wrong.kind("metadata", "an object", value)
     if len(value) > _MOST_PAIRS:
         message = f"too many properties. Expected an object with at most {_MOST_PAIRS} properties"
         message = f"Invalid 'metadata': {message}, but got an object with {len(value)} properties instead."
         raise InvalidRequest(message, param="metadata", code="object_above_max_properties")
     for name, said in value.items():
         if not isinstance(said, str):
-            raise _wrong_type("metadata", "an object of strings", said)
+            raise wrong.kind("metadata", "an object of strings", said)
         for what, text, most in (("key", name, _LONGEST_KEY), ("value", said, _LONGEST_VALUE)):
             if len(text) > most:
                 message = f"{what} too long. Expected a string with maximum length {most}"
@@ -124,41 +123,16 @@ def _expiry_s(value: Any) -> int | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise _wrong_type(_EXPIRY, "an object", value)
+        raise wrong.kind(_EXPIRY, "an object", value)
     within = f"{_EXPIRY}."
     _refuse_unknown(value, ("anchor", "seconds"), within)
     _choice(value, "anchor", ("created_at",), within)
     if "seconds" not in value:
-        raise _missing(f"{within}seconds")
+        raise wrong.missing(f"{within}seconds")
     seconds = value["seconds"]
     if type(seconds) is not int:
-        raise _wrong_type(f"{within}seconds", "an integer", seconds)
-    return _within(f"{within}seconds", seconds, _LEAST_EXPIRY_S, _MOST_EXPIRY_S)
-
-
-def _within(path: str, value: int, least: int, most: int) -> int:
-    if least <= value <= most:
-        return value
-    bound, code = f"less than or equal to {most}", "integer_above_max_value"
-    if value < least:
-        bound, code = f"greater than or equal to {least}", "integer_below_min_value"
-    raise InvalidRequest(f"Invalid value for '{path}' = {value}. Must be {bound}.", param=path, code=code)
-
-
-def _missing(path: str) -> InvalidRequest:
-    message = f"Missing required parameter: '{path}'."
-    return InvalidRequest(message, param=path, code="missing_required_parameter")
-
-
-def _wrong_type(path: str, expected: str, value: Any) -> InvalidRequest:
-    message = f"Invalid type for '{path}': expected {expected}, but got {bulky.json_type(value)} instead."
-    return InvalidRequest(message, param=path, code="invalid_type")
-
-
-def _wrong_value(path: str, value: str, choices: Collection[str]) -> InvalidRequest:
-    listed = " and ".join(f"'{choice}'" for choice in choices)
-    message = f"Invalid value: '{printable(value)}'. Supported values are: {listed}."
-    return InvalidRequest(message, param=path, code="invalid_value")
+        raise wrong.kind(f"{within}seconds", "an integer", seconds)
+    return wrong.within(f"{within}seconds", seconds, _LEAST_EXPIRY_S, _MOST_EXPIRY_S)
 
 
 # ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

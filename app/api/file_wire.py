@@ -4,7 +4,8 @@ import re
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Any, Final, NamedTuple, cast, get_args
 
-from app.api.errors import body_too_large, printable
+from app.api import wrong
+from app.api.errors import body_too_large
 from app.api.form import Form, Part, bad_form
 from app.errors import InvalidRequest
 from app.job import Purpose, StoredFile
@@ -60,9 +61,9 @@ async def read(form: Form, write: Write, *, most_bytes: int) -> Upload:
         else:
             file = _filename(part.filename), await _pass_on(part, write, most_bytes)
     if file is None:
-        raise _missing("file")
+        raise wrong.missing("file")
     if "purpose" not in fields:
-        raise _missing("purpose")
+        raise wrong.missing("purpose")
     return Upload(*file, _lives_s(fields))
 
 
@@ -81,7 +82,7 @@ async def _take(part: Part, fields: dict[str, str]) -> None:
     if not part.name:
         raise bad_form("Every part of it must have a name.")
     if part.name not in _FIELDS:
-        raise _unknown(part.name)
+        raise wrong.unknown(part.name)
     path, text = _FIELDS[part.name], bytearray()
     async for data in part.chunks():
         text += data
@@ -108,7 +109,7 @@ def _lives_s(fields: Mapping[str, str]) -> int | None:
         return None
     for name in (_ANCHOR, _SECONDS):
         if name not in fields:
-            raise _missing(_FIELDS[name])
+            raise wrong.missing(_FIELDS[name])
     return _integer(_FIELDS[_SECONDS], fields[_SECONDS], _LEAST_LIFE_S, _MOST_LIFE_S)
 
 
@@ -117,7 +118,7 @@ def page(query: Iterable[tuple[str, str]]) -> Page:
     given = dict(query)
     for name in given:
         if name not in _QUERY:
-            raise _unknown(name)
+            raise wrong.unknown(name)
     purpose = _choice("purpose", given["purpose"], _PURPOSES) if "purpose" in given else None
     return Page(
         cast("Purpose | None", purpose),
@@ -129,32 +130,14 @@ def page(query: Iterable[tuple[str, str]]) -> Page:
 
 def _choice(path: str, value: str, choices: Collection[str]) -> str:
     if value not in choices:
-        listed = " and ".join(f"'{choice}'" for choice in choices)
-        message = f"Invalid value: '{printable(value)}'. Supported values are: {listed}."
-        raise InvalidRequest(message, param=path, code="invalid_value")
+        raise wrong.value(path, value, choices)
     return value
 
 
 def _integer(path: str, value: str, least: int, most: int) -> int:
     if not _INTEGER(value):
-        message = f"Invalid type for '{path}': expected an integer, but got a string instead."
-        raise InvalidRequest(message, param=path, code="invalid_type")
-    number = int(value)
-    if least <= number <= most:
-        return number
-    bound, code = f"less than or equal to {most}", "integer_above_max_value"
-    if number < least:
-        bound, code = f"greater than or equal to {least}", "integer_below_min_value"
-    raise InvalidRequest(f"Invalid value for '{path}' = {number}. Must be {bound}.", param=path, code=code)
-
-
-def _missing(path: str) -> InvalidRequest:
-    return InvalidRequest(f"Missing required parameter: '{path}'.", param=path, code="missing_required_parameter")
-
-
-def _unknown(name: str) -> InvalidRequest:
-    shown = printable(name)
-    return InvalidRequest(f"Unknown parameter: '{shown}'.", param=shown, code="unknown_parameter")
+        raise wrong.kind(path, "an integer", value)
+    return wrong.within(path, int(value), least, most)
 
 
 # ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,8 +9,8 @@ import msgspec
 import orjson
 
 from app import vectors
-from app.api import bulky
-from app.api.errors import Header, printable
+from app.api import bulky, wrong
+from app.api.errors import Header
 from app.directory import NAME
 from app.domain import EmbeddingRequest, EmbeddingResult, InputType, Priority, Spender, Tenant, Text
 from app.errors import InvalidRequest
@@ -68,7 +68,7 @@ def read(body: bytes, vocabulary: Cl100k) -> tuple[Asked, tuple[Text, ...]]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         asked = _read_carefully(body)
     if asked.dimensions is not None and not -(2**63) <= asked.dimensions < 2**63:
-        raise _wrong_type("dimensions", "an integer", 0.5)
+        raise wrong.kind("dimensions", "an integer", 0.5)
     if asked.user is not None:
         _check_user(asked.user)
     return asked, _texts(asked.input, vocabulary)
@@ -120,13 +120,13 @@ def _deadline_s(value: bytes) -> float:
 
 def _truth(name: str, value: bytes) -> bool:
     if value not in _TRUTHS:
-        raise _wrong_value(name, value.decode("latin-1"), ("true", "false"))
+        raise wrong.value(name, value.decode("latin-1"), ("true", "false"))
     return _TRUTHS[value]
 
 
 def _priority(value: bytes) -> Priority:
     if value not in _PRIORITIES:
-        raise _wrong_value("x-embedgate-priority", value.decode("latin-1"), tuple(map(bytes.decode, _PRIORITIES)))
+        raise wrong.value("x-embedgate-priority", value.decode("latin-1"), tuple(map(bytes.decode, _PRIORITIES)))
     return _PRIORITIES[value]
 
 
@@ -138,21 +138,20 @@ def _read_carefully(body: bytes) -> Asked:
     fields = bulky.fields(body)
     for name in fields:
         if name not in Asked.__struct_fields__:
-            shown = printable(name)
-            raise InvalidRequest(f"Unknown parameter: '{shown}'.", param=shown, code="unknown_parameter")
+            raise wrong.unknown(name)
     if "model" not in fields:
         raise InvalidRequest("you must provide a model parameter")
     if "input" not in fields:
-        raise InvalidRequest("Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
+        raise wrong.missing("input")
     if not isinstance(fields["model"], str):
-        raise _wrong_type("model", "a string", fields["model"])
+        raise wrong.kind("model", "a string", fields["model"])
     for name, choices in CHOICES.items():
         _check_choice(name, fields.get(name), choices)
     dimensions, user = fields.get("dimensions"), fields.get("user")
     if dimensions is not None and type(dimensions) is not int:
-        raise _wrong_type("dimensions", "an integer", dimensions)
+        raise wrong.kind("dimensions", "an integer", dimensions)
     if user is not None and not isinstance(user, str):
-        raise _wrong_type("user", "a string", user)
+        raise wrong.kind("user", "a string", user)
     return Asked(**fields)
 
 
@@ -160,11 +159,11 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value is None or value in choices:
         return
     if isinstance(value, str):
-        raise _wrong_value(name, value, choices)
+        raise wrong.value(name, value, choices)
     if name == "encoding_format":
         shown = value if isinstance(value, int | float) else bulky.json_type(value)
-        raise _wrong_value(name, str(shown).lower(), choices)
-    raise _wrong_type(name, "a string", value)
+        raise wrong.value(name, str(shown).lower(), choices)
+    raise wrong.kind(name, "a string", value)
 
 
 def _check_user(user: str) -> None:
@@ -188,7 +187,7 @@ def _texts(value: Any, vocabulary: Cl100k) -> tuple[Text, ...]:
         return (value,)
     if not isinstance(value, list):
         expected = "one of a string, array of strings, array of integers, or array of integer arrays"
-        raise _wrong_type("input", expected, value)
+        raise wrong.kind("input", expected, value)
     if not value:
         raise _empty_array("input")
     kind = type(value[0])
@@ -200,13 +199,13 @@ def _texts(value: Any, vocabulary: Cl100k) -> tuple[Text, ...]:
         return _strings(value)
     if kind is list:
         return _arrays(value, vocabulary)
-    raise _wrong_type("input[0]", "one of a string, an integer, or an array of integers", value[0])
+    raise wrong.kind("input[0]", "one of a string, an integer, or an array of integers", value[0])
 
 
 def _strings(items: list[Any]) -> tuple[str, ...]:
     for at, item in enumerate(items):
         if not isinstance(item, str):
-            raise _wrong_type(f"input[{at}]", "a string", item)
+            raise wrong.kind(f"input[{at}]", "a string", item)
         if not item:
             path = f"input[{at}]"
             raise InvalidRequest(f"Invalid '{path}': input cannot be an empty string.", param=path, code="empty_string")
@@ -218,7 +217,7 @@ def _arrays(items: list[Any], vocabulary: Cl100k) -> tuple[tuple[int, ...], ...]
     for at, item in enumerate(items):
         path = f"input[{at}]"
         if not isinstance(item, list):
-            raise _wrong_type(path, "an array of integers", item)
+            raise wrong.kind(path, "an array of integers", item)
         if not item:
             raise _empty_array(path)
         texts.append(_ids(item, path, vocabulary))
@@ -235,19 +234,8 @@ def _ids(ids: Sequence[Any], path: str, vocabulary: Cl100k) -> tuple[int, ...]:
     at = pure if bad is None else bad
     where = f"{path}[{at}]"
     if not isinstance(ids[at], int | float):
-        raise _wrong_type(where, "an integer", ids[at])
+        raise wrong.kind(where, "an integer", ids[at])
     raise InvalidRequest(f"Invalid token id in '{where}'.", param=where, code="invalid_token_id")
-
-
-def _wrong_type(path: str, expected: str, value: Any) -> InvalidRequest:
-    message = f"Invalid type for '{path}': expected {expected}, but got {bulky.json_type(value)} instead."
-    return InvalidRequest(message, param=path, code="invalid_type")
-
-
-def _wrong_value(name: str, value: str, choices: tuple[str, ...]) -> InvalidRequest:
-    *most, last = (f"'{choice}'" for choice in choices)
-    message = f"Invalid value: '{printable(value)}'. Supported values are: {', '.join(most)} and {last}."
-    return InvalidRequest(message, param=name, code="invalid_value")
 
 
 def _empty_array(path: str) -> InvalidRequest:

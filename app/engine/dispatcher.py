@@ -38,6 +38,7 @@ from app.telemetry import Telemetry
 
 _HARMLESS, _HARMLESS_TOKENS = "hello", 8
 
+_BULK_SLACK = 4  # a batch is packed below what it was granted, by the next text's tokens at most
 _BULK_PARTS = 20  # into which a minute's quota falls at least, however few tokens it is
 
 LEAST_ATTEMPT_S = 1.0
@@ -158,7 +159,7 @@ class Dispatcher:
         texts = min(wish.items, gate.most_items) if gate.deployment.limits.counts_texts else 1
         least = wish.head.tokens
         if wish.priority is Priority.BULK:
-            least = max(least, min(wish.tokens, self.bulk_tokens(gate)))
+            least = max(least, min(most, self.bulk_tokens(gate) + _BULK_SLACK * least))
         least, most = gate.weigh(least), gate.weigh(most)
         return Claim(gate.name, least, most, wish.priority, 1, texts, paced=paced, rank=wish.rank)
 

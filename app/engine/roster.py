@@ -90,8 +90,12 @@ class Roster:
         """What of `wish` is asked of `gate`, and whether at the pace, so that others find something left.
 
         Where tenants share a quota that cannot keep up, those that want more of it than their share are paced. Whoever
-        wants less gets it at once, but nothing of the others' comes along.
+        wants less gets it at once, but nothing of the others' comes along. Nor does a backlog of bulk, which would
+        take what it has to leave to those who come next.
         """
+        if wish.priority != Priority.BULK and gate.worth_s(wish.bulk_tokens, wish.bulk_items) > _BACKLOG_S:
+            items, tokens = max(1, wish.items - wish.bulk_items), max(wish.head.tokens, wish.tokens - wish.bulk_tokens)
+            wish = replace(wish, items=items, tokens=tokens, bulk_items=0, bulk_tokens=0)
         if not self._several_tenants() or wish.back is not None or wish.priority != Priority.DEFAULT:
             return wish, False
         if gate.worth_s(wish.tokens, wish.items) <= _BACKLOG_S:

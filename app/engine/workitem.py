@@ -135,7 +135,7 @@ class Demand:
 
     `back` is the group that came back and travels alone; None: whatever waits otherwise. Then `own_tokens` are those of
     the first text's tenant, `share` its part of the weight of all that wait, and `rank` how much more it has been
-    served than whoever goes next at another replica.
+    served than whoever goes next at another replica; of all, `bulk_tokens` and `bulk_items` are bulk.
     """
 
     head: WorkItem
@@ -146,6 +146,8 @@ class Demand:
     own_tokens: int = 0
     share: float = 1.0
     rank: float = 0.0
+    bulk_tokens: int = 0
+    bulk_items: int = 0
 
     @property
     def avoid(self) -> frozenset[str]:

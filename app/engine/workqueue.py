@@ -96,6 +96,7 @@ class WorkQueue:
         self._lane_items = 0
         self._lane_tokens = 0
         self._lane_items_by_priority = [0] * len(Priority)
+        self._lane_bulk_tokens = 0
         self._tokens_by_priority = [0] * len(Priority)
         self._gone = 0
         self._wanted_items = 1
@@ -211,6 +212,7 @@ class WorkQueue:
         return Demand(
             head, self._lane_tokens, self._lane_items, self._highest(),
             own_tokens=own_tokens, share=share, rank=self._picked.rank,
+            bulk_tokens=self._lane_bulk_tokens, bulk_items=self._lane_items_by_priority[Priority.BULK],
         )  # fmt: skip
 
     def _highest(self) -> Priority:
@@ -311,6 +313,7 @@ class WorkQueue:
             self._lane_items += items
             self._lane_tokens += tokens
             self._lane_items_by_priority[priority] += items
+            self._lane_bulk_tokens += tokens if priority is Priority.BULK else 0
 
 
 class _Total:
