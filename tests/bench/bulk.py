@@ -135,6 +135,7 @@ async def _memory() -> None:
         stand_in = await stack.enter_async_context(server(*upstream(0), cores=LOADING))
         path = configured("bulk-memory", {UPSTREAM_MODEL: (stand_in, _LIMITS)})
         bounds = "max_lines = 2000000\nmax_inputs = 2000000\nmax_file_bytes = 2000000000"
+        bounds += "\n[cache]\nmemory_bytes = 67108864"  # it fills up whatever is done: so the rest is seen
         await asyncio.to_thread(lambda: path.write_text(f"{path.read_text()}[bulk]\n{bounds}\n"))
         ours = await stack.enter_async_context(server(*embedgate(path), cores=SERVING))
         http = await stack.enter_async_context(_client(ours))

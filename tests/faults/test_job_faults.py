@@ -126,22 +126,30 @@ def text(line: int) -> str:
 
 
 @asynccontextmanager
-async def sites(
-    folder: Path, *, count: int = 1, stores: str = "", tenant: str = "", latency_s: float = 0.3
-) -> AsyncIterator[list[Site]]:
-    """So many replicas, and nobody who works."""
-    async with AsyncExitStack() as stack:
-        upstream = await stack.enter_async_context(OpenAIEmulator(latency_s=latency_s))
-        made = []
-        for number in range(count):
-            own = folder / f"r{number}"
-            await asyncio.to_thread(own.mkdir)
-            where = {"folder": own, "blobs": folder / "blobs", "stores": stores, "tenant": tenant}
-            said = CONFIGURATION.format(upstream=upstream.base_url, model=MODEL, **where)
-            await asyncio.to_thread((own / "embedgate.toml").write_text, said)
-            runtime = await stack.enter_async_context(Runtime(load(own / "embedgate.toml", {})))
-            made.append(Site(runtime, upstream))
-        yield made
+async def site(
+    folder: Path, upstream: OpenAIEmulator, *, blobs: Path | None = None, stores: str = "", tenant: str = ""
+) -> AsyncIterator[Site]:
+    """A replica that nobody works in; begun again in the same folder it is the same one."""
+    await asyncio.to_thread(folder.mkdir, exist_ok=True)
+    where = {"folder": folder, "blobs": blobs or folder / "blobs", "stores": stores, "tenant": tenant}
+    said = CONFIGURATION.format(upstream=upstream.base_url, model=MODEL, **where)
+    await asyncio.to_thread((folder / "embedgate.toml").write_text, said)
+    async with Runtime(load(folder / "embedgate.toml", {})) as runtime:
+        yield Site(runtime, upstream)
+
+
+@asynccontextmanager
+async def provider() -> AsyncIterator[OpenAIEmulator]:
+    """One that takes its time."""
+    async with OpenAIEmulator(latency_s=0.3) as upstream:
+        yield upstream
+
+
+@asynccontextmanager
+async def alone(folder: Path) -> AsyncIterator[Site]:
+    """A replica and its provider."""
+    async with provider() as upstream, site(folder, upstream) as only:
+        yield only
 
 
 async def drop(runner: Runner) -> None:
@@ -155,39 +163,39 @@ async def drop(runner: Runner) -> None:
 
 async def test_a_job_that_is_called_off_keeps_what_is_done(tmp_path: Path) -> None:
     """The rest is told line by line, and no call begins any more."""
-    async with sites(tmp_path) as (site,), bulk.runner(site.runtime):
-        await site.begin()
-        await site.until(50)
-        assert await site.runtime.stores.jobs.cancel("search", "batch_x") is not None
-        job = await site.end()
+    async with alone(tmp_path) as at, bulk.runner(at.runtime):
+        await at.begin()
+        await at.until(50)
+        assert await at.runtime.stores.jobs.cancel("search", "batch_x") is not None
+        job = await at.end()
         assert job.status == "cancelled"
-        assert 50 <= await site.check(job, code="batch_cancelled") < LINES
+        assert 50 <= await at.check(job, code="batch_cancelled") < LINES
 
 
 async def test_a_job_whose_time_is_over_keeps_what_is_done(tmp_path: Path) -> None:
     """Just so."""
-    async with sites(tmp_path) as (site,), bulk.runner(site.runtime):
-        await site.begin()
-        await site.until(50)
-        await change(site.runtime.stores.database, update(jobs).values(expires_at_ms=1))
-        job = await site.end()
+    async with alone(tmp_path) as at, bulk.runner(at.runtime):
+        await at.begin()
+        await at.until(50)
+        await change(at.runtime.stores.database, update(jobs).values(expires_at_ms=1))
+        job = await at.end()
         assert job.status == "expired"
-        assert 50 <= await site.check(job, code="batch_expired") < LINES
+        assert 50 <= await at.check(job, code="batch_expired") < LINES
 
 
 async def test_another_runner_goes_on_where_one_died(tmp_path: Path) -> None:
     """Once its leases are over; nothing that was committed is done again, and hardly anything is bought again."""
-    async with sites(tmp_path) as (site,):
-        async with bulk.runner(site.runtime) as first:
-            await site.begin()
-            await site.until(100)
+    async with alone(tmp_path) as at:
+        async with bulk.runner(at.runtime) as first:
+            await at.begin()
+            await at.until(100)
             await drop(first)
-        async with bulk.runner(site.runtime):
-            await change(site.runtime.stores.database, update(job_tasks).values(held_until_ms=1))
-            job = await site.end()
+        async with bulk.runner(at.runtime):
+            await change(at.runtime.stores.database, update(job_tasks).values(held_until_ms=1))
+            job = await at.end()
         assert job.status == "completed"
-        assert await site.check(job) == LINES
-        assert sum(count - 1 for count in site.bought.values()) <= 4 * 16
+        assert await at.check(job) == LINES
+        assert sum(count - 1 for count in at.bought.values()) <= 4 * 16
 
 
 async def test_two_replicas_share_a_job(
@@ -195,7 +203,13 @@ async def test_two_replicas_share_a_job(
 ) -> None:  # fmt: skip
     """Each takes shards of it, and Postgres is killed in between: nobody loses a line."""
     stores = f'redis_url = "{own_valkey.url}"\ndatabase_url = "{own_postgres.url}"'
-    async with sites(tmp_path, count=2, stores=stores) as (one, two), bulk.runner(one.runtime) as first:
+    async with AsyncExitStack() as stack:
+        upstream = await stack.enter_async_context(provider())
+        one, two = [
+            await stack.enter_async_context(site(tmp_path / name, upstream, blobs=tmp_path / "blobs", stores=stores))
+            for name in ("one", "two")
+        ]
+        first = await stack.enter_async_context(bulk.runner(one.runtime))
         async with bulk.runner(two.runtime) as second:
             await one.begin()
             await one.until(50)
@@ -213,45 +227,51 @@ async def test_two_replicas_share_a_job(
 
 
 async def test_a_spent_budget_pauses_a_job(tmp_path: Path) -> None:
-    """No line fails for it; with more money it goes on."""
-    budget = "budget_usd_per_month = 0.02"  # a thousand tokens
-    async with sites(tmp_path, tenant=budget) as (site,), bulk.runner(site.runtime):
-        await site.begin()
-        async with asyncio.timeout(30):
-            while not (await site.look()).pause:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
-        paused = await site.look()
-        assert (paused.status, paused.pause, paused.failed) == ("in_progress", "budget", 0)
-        assert site.upstream.bill.tokens <= 1000
-        assert 0 < paused.completed < LINES
-        assert paused.work.nano_usd is not None
-        assert paused.work.nano_usd <= 1000 * 20_000
+    """No line fails for it; with more money it goes on, and what was bought is not bought again."""
+    async with provider() as upstream:
+        async with site(tmp_path, upstream, tenant="budget_usd_per_month = 0.02") as at, bulk.runner(at.runtime):
+            await at.begin()
+            async with asyncio.timeout(30):
+                while not (await at.look()).pause:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            paused = await at.look()
+            assert (paused.status, paused.pause, paused.failed) == ("in_progress", "budget", 0)
+            assert upstream.bill.tokens <= 1000
+            assert 0 < paused.completed < LINES
+            assert 0 < (paused.work.nano_usd or 0) <= 1000 * 20_000
+        async with site(tmp_path, upstream, tenant="budget_usd_per_month = 2") as at, bulk.runner(at.runtime):
+            await change(at.runtime.stores.database, update(jobs).values(paused_until_ms=1))
+            job = await at.end()
+            assert (job.status, job.failed) == ("completed", 0)
+            assert await at.check(job) == LINES
+            assert set(at.bought.values()) == {1}
 
 
 async def test_who_gets_again_what_it_had_goes_on_once(tmp_path: Path) -> None:
     """A runner that was away for longer than its leases takes its own tasks anew, and stops what it was doing."""
-    async with sites(tmp_path) as (site,), bulk.runner(site.runtime) as runner:
-        await site.begin()
-        await site.until(50)
+    async with alone(tmp_path) as at, bulk.runner(at.runtime) as runner:
+        await at.begin()
+        await at.until(50)
         for _ in range(3):
-            await change(site.runtime.stores.database, update(job_tasks).values(held_until_ms=1))
+            await change(at.runtime.stores.database, update(job_tasks).values(held_until_ms=1))
             runner._bounds = replace(runner._bounds, tasks=runner._bounds.tasks + 4)
             runner.wake()
             await asyncio.sleep(0.3)
-        job = await site.end()
+        job = await at.end()
         assert job.status == "completed"
-        assert await site.check(job) == LINES
+        assert await at.check(job) == LINES
 
 
 async def test_a_provider_that_is_out_is_waited_for(tmp_path: Path) -> None:
-    """Accepted while nobody answers, done by itself when somebody does, by a process that was not there before."""
-    async with sites(tmp_path) as (site,):
-        site.upstream.inject(faults.status(503))
-        async with bulk.runner(site.runtime):
-            await site.begin(lines=20)
+    """Accepted while nobody answers, and done by itself when somebody does, by a process that was not there before."""
+    async with provider() as upstream:
+        upstream.inject(faults.status(503))
+        async with site(tmp_path, upstream) as at, bulk.runner(at.runtime):
+            await at.begin(lines=20)
             await asyncio.sleep(2.0)
-        site.upstream.heal()
-        async with bulk.runner(site.runtime):
-            job = await site.end()
-        assert (job.status, job.failed) == ("completed", 0)
-        assert await site.check(job, lines=20) == 20
+            assert (await at.look()).status == "in_progress"
+        upstream.heal()
+        async with site(tmp_path, upstream) as at, bulk.runner(at.runtime):
+            job = await at.end()
+            assert (job.status, job.failed) == ("completed", 0)
+            assert await at.check(job, lines=20) == 20
