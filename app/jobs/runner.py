@@ -76,7 +76,9 @@ class Runner:
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
-        loops = (self._take(), self._renew(), sweep(self._store, self._blobs, self._telemetry))
+        loops = (
+            self._for_ever(self._take), self._for_ever(self._renew), sweep(self._store, self._blobs, self._telemetry)
+        )  # fmt: skip
         self._loops = [self._tasks.create_task(loop, name="jobs") for loop in loops]
         return self
 
@@ -98,18 +100,25 @@ class Runner:
 
     # ── leases ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _take(self) -> None:
+    async def _for_ever(self, step: Callable[[], Awaitable[None]]) -> None:
+        """What the database cannot do now is done the next time."""
         while True:
-            free = self._bounds.tasks - len(self._held)
-            taken = 0
-            if free > 0:
-                with suppress(LevelDown):
-                    taken = self._start(await self._store.take(self._owner, most=free, for_s=LEASE_S))
-            if not taken:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_LOOK_S * self._rng.uniform(0.8, 1.2)):
-                        await self._wake.wait()
-            self._wake.clear()
+            try:
+                await step()
+            except LevelDown:
+                await asyncio.sleep(_LOOK_S)
+            except Exception as bug:  # supervision is for the errors that nobody thought of
+                self._telemetry.loop_crashed(loop="jobs", error=bug)
+                await asyncio.sleep(_LOOK_S)
+
+    async def _take(self) -> None:
+        free = self._bounds.tasks - len(self._held)
+        if free > 0 and self._start(await self._store.take(self._owner, most=free, for_s=LEASE_S)):
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK_S * self._rng.uniform(0.8, 1.2)):
+                await self._wake.wait()
+        self._wake.clear()
 
     def _start(self, tasks: Sequence[Task]) -> int:
         """Who was gone for so long that it gets again what it had stops what it was doing then."""
@@ -128,17 +137,13 @@ class Runner:
 
     async def _renew(self) -> None:
         """What could not be renewed in time others may have by now: they are the ones whose word counts."""
-        while True:
-            await asyncio.sleep(_RENEW_S)
-            held = dict(self._held)
-            if not held:
-                continue
-            with suppress(LevelDown):
-                kept = await self._store.renew([*held.values()], for_s=LEASE_S)
-                still = {(task.job.id, task.number, task.fence) for task in kept}
-                for work, task in held.items():
-                    if (task.job.id, task.number, task.fence) not in still:
-                        work.cancel()
+        await asyncio.sleep(_RENEW_S)
+        held = dict(self._held)
+        kept = await self._store.renew([*held.values()], for_s=LEASE_S) if held else ()
+        still = {(task.job.id, task.number, task.fence) for task in kept}
+        for work, task in held.items():
+            if (task.job.id, task.number, task.fence) not in still:
+                work.cancel()
 
     # ── work ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
