@@ -8,8 +8,9 @@ import pytest
 
 from app.domain import Limits, Priority
 from app.engine.workqueue import QueueBound
+from app.jobs.embedding import Window
 from tests.rig import Rig, ScriptedProvider, engine
-from tests.unit.test_shard_work import Bench, Window
+from tests.unit.test_shard_work import Bench
 
 pytestmark = pytest.mark.looptime(start=1000.0)
 
