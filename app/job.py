@@ -46,14 +46,13 @@ class LineError(msgspec.Struct, frozen=True):
 class Order(msgspec.Struct, frozen=True):
     """What a caller wants done: on whose account, with which file, within which time.
 
-    `user` is already hashed. `idempotency_key` "" is none; `digest` is then compared, of the body that came with it.
+    `idempotency_key` "" is none; `digest` is then compared, of the body that came with it.
     """
 
     id: str
     tenant: str
     project: str
     key: str
-    user: str
     input_file_id: str
     window_s: int
     metadata: dict[str, str]

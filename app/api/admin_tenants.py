@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import msgspec
 from fastapi import FastAPI, Request
 
-from app.api import openapi
+from app.api import openapi_desk
 from app.api.admin import admin_only, decoded, json_body, raw_body
 from app.api.errors import NotReady
 from app.errors import InvalidRequest
@@ -47,32 +47,32 @@ def _refuse_nul(*names: str) -> None:
 def _add_tenants(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
     check = _operators_only(runtime)
 
-    @api.get("/admin/tenants", **openapi.TENANTS)
+    @api.get("/admin/tenants", **openapi_desk.TENANTS)
     async def list_tenants(request: Request) -> dict[str, Any]:
         """All tenants, those of the configuration file first."""
         check(request)
         return _list(await _asked(desk.tenants(_page(request, Page))))
 
-    @api.post("/admin/tenants", **openapi.TENANT_CREATE)
+    @api.post("/admin/tenants", **openapi_desk.TENANT_CREATE)
     async def create_tenant(request: Request) -> dict[str, Any]:
         """Makes a tenant; its keys come after it."""
         check(request)
         new = await json_body(request, NewTenant)
         return await _changed(runtime, "tenant.created", desk.create_tenant(new))
 
-    @api.get("/admin/tenants/{name}", **openapi.TENANT)
+    @api.get("/admin/tenants/{name}", **openapi_desk.TENANT)
     async def show_tenant(request: Request, name: str) -> dict[str, Any]:
         """One tenant with its projects."""
         check(request)
         return await _asked(desk.tenant(name))
 
-    @api.get("/admin/tenants/{name}/webhook-secret", **openapi.TENANT_WEBHOOK_SECRET)
+    @api.get("/admin/tenants/{name}/webhook-secret", **openapi_desk.TENANT_WEBHOOK_SECRET)
     async def show_webhook_secret(request: Request, name: str) -> dict[str, Any]:
         """With what the tenant checks messages to its webhook."""
         check(request)
         return await _asked(desk.webhook_secret(name))
 
-    @api.patch("/admin/tenants/{name}", **openapi.TENANT_UPDATE)
+    @api.patch("/admin/tenants/{name}", **openapi_desk.TENANT_UPDATE)
     async def update_tenant(request: Request, name: str) -> dict[str, Any]:
         """Changes what the body names, and nothing else."""
         check(request)
@@ -80,7 +80,7 @@ def _add_tenants(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
         terms, given = decoded(body, TenantTerms), decoded(body, dict[str, msgspec.Raw])
         return await _changed(runtime, "tenant.changed", desk.update_tenant(name, terms, given.keys()))
 
-    @api.delete("/admin/tenants/{name}", **openapi.TENANT_DELETE)
+    @api.delete("/admin/tenants/{name}", **openapi_desk.TENANT_DELETE)
     async def delete_tenant(request: Request, name: str) -> dict[str, Any]:
         """Ends a tenant with its projects and keys, and takes its name out of the books."""
         check(request)
@@ -91,20 +91,20 @@ def _add_tenants(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
 def _add_projects(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
     check, path = _operators_only(runtime), "/admin/tenants/{name}/projects/{project}"
 
-    @api.get(path, **openapi.PROJECT)
+    @api.get(path, **openapi_desk.PROJECT)
     async def show_project(request: Request, name: str, project: str) -> dict[str, Any]:
         """One project of a tenant."""
         check(request)
         return await _asked(desk.project(name, project))
 
-    @api.put(path, **openapi.PROJECT_SET)
+    @api.put(path, **openapi_desk.PROJECT_SET)
     async def set_project(request: Request, name: str, project: str) -> dict[str, Any]:
         """Makes a project."""
         check(request)
         budget = await json_body(request, Budget)
         return await _changed(runtime, "project.set", desk.set_project(name, project, budget))
 
-    @api.delete(path, **openapi.PROJECT_DELETE)
+    @api.delete(path, **openapi_desk.PROJECT_DELETE)
     async def delete_project(request: Request, name: str, project: str) -> dict[str, Any]:
         """Ends a project with its keys."""
         check(request)
@@ -115,13 +115,13 @@ def _add_projects(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
 def _add_keys(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
     check = _operators_only(runtime)
 
-    @api.get("/admin/keys", **openapi.KEYS)
+    @api.get("/admin/keys", **openapi_desk.KEYS)
     async def list_keys(request: Request) -> dict[str, Any]:
         """Keys without their secrets; ended ones too."""
         check(request)
         return _list(await _asked(desk.keys(_page(request, KeyPage))))
 
-    @api.post("/admin/keys", **openapi.KEY_CREATE)
+    @api.post("/admin/keys", **openapi_desk.KEY_CREATE)
     async def create_key(request: Request) -> dict[str, Any]:
         """Makes a key; `key` of the answer is shown this once."""
         check(request)
@@ -129,14 +129,14 @@ def _add_keys(api: FastAPI, runtime: Runtime, desk: TenantDesk) -> None:
         _refuse_nul(new.tenant, new.project)
         return await _changed(runtime, "key.created", desk.create_key(new))
 
-    @api.post("/admin/keys/{id}/rotate", **openapi.KEY_ROTATE)
+    @api.post("/admin/keys/{id}/rotate", **openapi_desk.KEY_ROTATE)
     async def rotate_key(request: Request, id: str) -> dict[str, Any]:  # noqa: A002 — as the path has it
         """Gives a key another secret; the one before is good for a while beside it."""
         check(request)
         rotation = await json_body(request, Rotation)
         return await _changed(runtime, "key.rotated", desk.rotate_key(id, rotation))
 
-    @api.delete("/admin/keys/{id}", **openapi.KEY_REVOKE)
+    @api.delete("/admin/keys/{id}", **openapi_desk.KEY_REVOKE)
     async def revoke_key(request: Request, id: str) -> dict[str, Any]:  # noqa: A002 — as the path has it
         """Ends a key, on every replica within 5 s."""
         check(request)

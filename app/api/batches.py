@@ -99,7 +99,6 @@ class _Desk:
             tenant=caller.tenant.name,
             project=spender.project,
             key=spender.key,
-            user="",  # each line names its own
             input_file_id=wanted.input_file_id,
             window_s=wanted.window_s,
             metadata=wanted.metadata,

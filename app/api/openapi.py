@@ -1,13 +1,12 @@
 """Hides the words in which /openapi.json describes the API, the hot route in full: it is no route of the framework."""
 
+from collections.abc import Mapping
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI
 
-from app.api import batch_wire, file_wire, wire
+from app.api import wire
 from app.api.exchange import MOST_BODY_BYTES
-from app.tenant_desk import Budget, NewKey, NewTenant, Rotation, TenantTerms
 
 Schema = dict[str, Any]
 
@@ -245,13 +244,13 @@ METRICS: Schema = {
     "openapi_extra": {"security": [{"AdminKey": []}, {}]},
 }
 
-_ADMIN: list[Schema] = [{"AdminKey": []}, {}]
+ADMIN: list[Schema] = [{"AdminKey": []}, {}]
 _OBJECT: Schema = {"type": "object"}
 _COUNTS: Schema = {"type": "object", "additionalProperties": {"type": "integer"}}
 
 
 def _admin(name: str, description: str, body: Schema | None = None) -> Schema:
-    extra: Schema = {"security": _ADMIN}
+    extra: Schema = {"security": ADMIN}
     answers: dict[int | str, Schema] = {200: answer(description, "Counts"), 401: NO_KEY}
     if body is not None:
         schema = {"type": "object", "additionalProperties": False, **body}
@@ -308,72 +307,17 @@ def _usage(name: str, security: list[Schema], *parameters: Schema) -> Schema:
 
 
 USAGE = _usage(
-    "listUsage", [*KEYED, *_ADMIN[:1]], *_SPAN,
+    "listUsage", [*KEYED, *ADMIN[:1]], *_SPAN,
     {"name": "by", "in": "query",
      "schema": {"type": "string", "enum": ["hour", "day", "month", "total"], "default": "day"}},
     {"name": "group", "in": "query", "explode": False,
      "schema": {"type": "array", "items": {"type": "string", "enum": _GROUPS}, "default": ["model"]}},
     *_only(*_GROUPS), *_PAGE,
 )  # fmt: skip
-USAGE_UNCONFIRMED = _usage("listUnconfirmedUsage", _ADMIN, *_SPAN, *_only("tenant"), *_PAGE)
-
-_, _BODIES = msgspec.json.schema_components(
-    (NewTenant, TenantTerms, Budget, NewKey, Rotation), ref_template="#/components/schemas/{name}"
-)
+USAGE_UNCONFIRMED = _usage("listUnconfirmedUsage", ADMIN, *_SPAN, *_only("tenant"), *_PAGE)
 
 
-def _row(kind: type, **more: Schema) -> Schema:
-    """What operators are shown of a thing: what it was made from, and more."""
-    usd = {"type": ["string", "null"], "description": "In dollars, exactly; null: no bound."}
-    given = {name: usd if "usd" in name else field for name, field in _BODIES[kind.__name__]["properties"].items()}
-    return {"type": "object", "properties": {"object": {"type": "string"}, **given, **more}}
-
-
-_NAME = {"type": "string"}
-_BOOKED = {f"spent_usd_{span}": {"type": "string", "description": "By UTC."} for span in ("today", "this_month")}
-_PROJECTS = {"type": "array", "items": {"$ref": "#/components/schemas/Project"}}
-_SHOWN = {
-    "Tenant": _row(NewTenant, **_BOOKED, projects=_PROJECTS, created_at=_NAME, configured={"type": "boolean"}),
-    "Project": _row(Budget, tenant=_NAME, name=_NAME, **_BOOKED),
-    "WebhookSecret": {"type": "object", "properties": dict.fromkeys(("object", "tenant", "secret"), _NAME)},
-}
-_ROWS: list[Schema] = [
-    {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 1000}},
-    {"name": "after", "in": "query", "schema": {"type": "string"}, "description": "Name or id of the last row."},
-]
-
-
-def _desk(name: str, says: str, body: type | None = None, *parameters: Schema, shown: str = "Object") -> Schema:
-    extra: Schema = {"security": _ADMIN, "parameters": [*parameters]}
-    if body is not None:
-        schema = {"$ref": f"#/components/schemas/{body.__name__}"}
-        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    answers = {
-        200: answer(says, shown), 400: refusal("The request is not understood."), 401: NO_KEY,
-        404: refusal("There is no such thing."), 503: UNAVAILABLE,
-    }  # fmt: skip
-    return {"operation_id": name, "responses": answers, "openapi_extra": extra}
-
-
-TENANTS = _desk("listTenants", "Tenants by name.", None, *_ROWS)
-TENANT_CREATE = _desk("createTenant", "The tenant.", NewTenant, shown="Tenant")
-TENANT = _desk("retrieveTenant", "The tenant and its projects, and what they spent.", shown="Tenant")
-TENANT_WEBHOOK_SECRET = _desk("retrieveWebhookSecret", "What verifies its webhooks.", shown="WebhookSecret")
-TENANT_UPDATE = _desk("updateTenant", "The tenant.", TenantTerms, shown="Tenant")
-TENANT_DELETE = _desk("deleteTenant", "That it is deleted.")
-PROJECT = _desk("retrieveProject", "The project.", shown="Project")
-PROJECT_SET = _desk("setProject", "The project.", Budget, shown="Project")
-PROJECT_DELETE = _desk("deleteProject", "That it is deleted.")
-KEYS = _desk(
-    "listKeys", "Keys by public id.", None,
-    {"name": "tenant", "in": "query", "schema": {"type": "string"}, "description": "Only of this one."}, *_ROWS,
-)  # fmt: skip
-KEY_CREATE = _desk("createKey", "The key; the field `key` is shown this once.", NewKey)
-KEY_ROTATE = _desk("rotateKey", "The key with its new secret.", Rotation)
-KEY_REVOKE = _desk("revokeKey", "The key as it ended.")
-
-
-def complete(api: FastAPI, *, embeds: bool) -> None:
+def complete(api: FastAPI, schemas: Mapping[str, Schema], *, embeds: bool) -> None:
     """Makes `api` describe the errors and the keys too, and the embeddings route if it `embeds`; in every document."""
     described = api.openapi
 
@@ -389,7 +333,7 @@ def complete(api: FastAPI, *, embeds: bool) -> None:
             "schemas": {
                 "EmbeddingRequest": _REQUEST, "EmbeddingResponse": _RESPONSE, "Embedding": _EMBEDDING, "Model": _MODEL,
                 "ModelList": _MODEL_LIST, "Status": _STATUS, "Error": _ERROR, "Counts": _COUNTS, "Object": _OBJECT,
-                "UsageList": _USAGE_LIST, **_BODIES, **_SHOWN, **batch_wire.SCHEMAS, **file_wire.SCHEMAS,
+                "UsageList": _USAGE_LIST, **schemas,
             },
             "securitySchemes": {
                 "ApiKey": {"type": "http", "scheme": "bearer", "description": "Needed if any key is configured."},

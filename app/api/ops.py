@@ -8,12 +8,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from app import __version__
-from app.api import admin, admin_tenants, batches, files, openapi, usage
+from app.api import admin, admin_tenants, batch_wire, batches, file_wire, files, openapi, openapi_desk, usage
 from app.api.auth import Attempts, Keys
 from app.api.errors import HttpRefusal, NotReady, method_not_allowed, reply_to, unknown_url
 from app.domain import Route, Tenant
 from app.errors import EmbedgateError, RateLimited, Unauthenticated, UnknownModel
 from app.runtime import Runtime
+
+_SCHEMAS = {**openapi_desk.SCHEMAS, **batch_wire.SCHEMAS, **file_wire.SCHEMAS}
 
 
 def for_callers(runtime: Runtime, keys: Keys, attempts: Attempts) -> FastAPI:
@@ -25,7 +27,7 @@ def for_callers(runtime: Runtime, keys: Keys, attempts: Attempts) -> FastAPI:
     batches.add(api, runtime, keys)
     if not runtime.settings.server.admin_port:
         _add_operations(api, runtime)
-    openapi.complete(api, embeds=True)
+    openapi.complete(api, _SCHEMAS, embeds=True)
     return api
 
 
@@ -34,7 +36,7 @@ def for_operators(runtime: Runtime, attempts: Attempts) -> FastAPI:
     api = _framework(runtime, attempts)
     usage.add(api, runtime, admin.admin_only(runtime))
     _add_operations(api, runtime)
-    openapi.complete(api, embeds=False)
+    openapi.complete(api, _SCHEMAS, embeds=False)
     return api
 
 

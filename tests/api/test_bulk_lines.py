@@ -28,12 +28,12 @@ TEXTS = ["first", "second"]
 
 def order(tenant: str = "search", key: str = "", project: str = "") -> Order:
     """What somebody ordered."""
-    return Order("batch_1", tenant, project, key, "", "file-1", 86_400, {})
+    return Order("batch_1", tenant, project, key, "file-1", 86_400, {})
 
 
 def job(job_id: str = "batch_1") -> Job:
     """One under way."""
-    ordered = Order(job_id, "search", "", "", "", "file-1", 86_400, {})
+    ordered = Order(job_id, "search", "", "", "file-1", 86_400, {})
     return Job(ordered, "in_progress", created_at_ms=0, expires_at_ms=86_400_000)
 
 

@@ -98,7 +98,7 @@ async def _job(runtime: Runtime) -> float:
         for piece in _pieces(_LINES):
             await writer.write(b"".join(piece))
     await jobs.add_file(file, most_bytes=0)
-    order = Order(f"batch_{secrets.token_hex(12)}", tenant.name, "", "", "", file.id, 86_400, {})
+    order = Order(f"batch_{secrets.token_hex(12)}", tenant.name, "", "", file.id, 86_400, {})
     started = time.perf_counter()
     job = await jobs.create(order, most_open=0)
     while job.status not in ENDED:

@@ -35,7 +35,7 @@ class Shop:
         """A new one, of the file `in`."""
         self._made += 1
         values: dict[str, Any] = {
-            "id": f"batch_{self._made:03}", "project": "p", "key": "k", "user": "u", "input_file_id": "in",
+            "id": f"batch_{self._made:03}", "project": "p", "key": "k", "input_file_id": "in",
             "window_s": DAY_S, "metadata": {},
         }  # fmt: skip
         return Order(tenant=tenant, **(values | more))

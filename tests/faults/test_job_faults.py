@@ -72,7 +72,7 @@ class Site:
         if await stores.jobs.file("search", "file-in") is None:
             await stores.jobs.add_file(StoredFile("file-in", "search", "batch", "in.jsonl", 1, 0), most_bytes=0)
         values: dict[str, Any] = {"window_s": 86_400, "metadata": {}} | order
-        return await stores.jobs.create(Order("batch_x", "search", "", "", "", "file-in", **values), most_open=0)
+        return await stores.jobs.create(Order("batch_x", "search", "", "", "file-in", **values), most_open=0)
 
     async def look(self) -> Job:
         """The job as it is."""

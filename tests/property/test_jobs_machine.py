@@ -193,7 +193,7 @@ class JobsMachine(RuleBasedStateMachine):
     @rule(tenant=st.sampled_from(TENANTS))
     def create(self, tenant: str) -> None:
         """A new job."""
-        order = Order(f"job-{len(self.models):03}", tenant, "", "", "", f"in-{tenant}", 86_400, {})
+        order = Order(f"job-{len(self.models):03}", tenant, "", "", f"in-{tenant}", 86_400, {})
         job = self.do(self.store.create(order, most_open=0))
         self.models[job.id] = Model(tenant, job.id, job.created_at_ms)
 

@@ -13,7 +13,7 @@ from app.storage.level import LevelDown
 
 pytestmark = pytest.mark.looptime
 
-BEGUN = Job(Order("batch_1", "t", "", "", "", "file-1", 86_400, {}), "in_progress", 0, 86_400_000, total=9)
+BEGUN = Job(Order("batch_1", "t", "", "", "file-1", 86_400, {}), "in_progress", 0, 86_400_000, total=9)
 DONE = replace(BEGUN, status="completed", completed=9)
 
 

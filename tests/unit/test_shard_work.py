@@ -27,7 +27,7 @@ from tests.rig import MODEL, WIDTH, Rig, ScriptedProvider, engine
 
 pytestmark = pytest.mark.looptime(start=1000.0)
 
-ORDER = Order("batch_x", "anonymous", "", "", "", "file-x", 86_400, {})
+ORDER = Order("batch_x", "anonymous", "", "", "file-x", 86_400, {})
 _WINDOW = Window(16, 64)
 JOB = Job(ORDER, "in_progress", 0, 86_400_000, MODEL)
 

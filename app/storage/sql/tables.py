@@ -296,7 +296,7 @@ jobs = Table(
     "jobs",
     metadata,
     Column("id", Text, primary_key=True),
-    *_each(Text, "tenant", "project", "key", "user", "input_file_id", "metadata", "tier", "idempotency_key"),
+    *_each(Text, "tenant", "project", "key", "input_file_id", "metadata", "tier", "idempotency_key"),
     Column("window_s", BigInteger, nullable=False),
     Column("output_expires_after_s", BigInteger),
     Column("digest", LargeBinary, nullable=False),

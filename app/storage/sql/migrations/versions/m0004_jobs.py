@@ -37,7 +37,7 @@ def _jobs() -> None:
     op.create_table(
         "jobs",
         sa.Column("id", sa.Text, primary_key=True),
-        *_each(sa.Text, "tenant", "project", "key", "user", "input_file_id", "metadata", "tier", "idempotency_key"),
+        *_each(sa.Text, "tenant", "project", "key", "input_file_id", "metadata", "tier", "idempotency_key"),
         sa.Column("window_s", sa.BigInteger, nullable=False),
         sa.Column("output_expires_after_s", sa.BigInteger),
         sa.Column("digest", sa.LargeBinary, nullable=False),
