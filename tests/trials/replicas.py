@@ -126,26 +126,21 @@ async def side_by_side(
     works: Mapping[str, Callable[[], Coroutine[object, object, T]]],
     *,
     at_once: int = 100,
+    again_at_once: int = 100,
     slow: Callable[[T], bool] = lambda _: False,
 ) -> Callable[[str], T]:
     """Does all of them; what it returns tells what became of each: its result, or its error is raised.
 
-    What was `slow` is done again, by itself, twice at most: whatever else the machine does only ever makes it slower.
+    What was `slow` is done again, twice at most: whatever else the machine does only ever makes it slower.
     """
-    room = asyncio.Semaphore(at_once)
-
-    async def one(work: Callable[[], Coroutine[object, object, T]]) -> T:
-        async with room:
-            return await work()
-
-    ended = dict(zip(works, await asyncio.gather(*map(one, works.values()), return_exceptions=True), strict=True))
-    for name, work in works.items():
-        for _ in range(2):
-            result = ended[name]
-            if isinstance(result, BaseException) or not slow(result):
-                break
-            print(f"\n{name}: once more, alone")
-            ended[name] = await work()
+    ended = await _all_of(works, at_once)
+    for _ in range(2):
+        again = {
+            name: works[name] for name, found in ended.items() if not isinstance(found, BaseException) and slow(found)
+        }
+        if again:
+            print(f"\nonce more: {', '.join(again)}")
+            ended |= await _all_of(again, again_at_once)
 
     def told(name: str) -> T:
         result = ended[name]
@@ -154,6 +149,18 @@ async def side_by_side(
         return result
 
     return told
+
+
+async def _all_of(
+    works: Mapping[str, Callable[[], Coroutine[object, object, T]]], at_once: int
+) -> dict[str, T | BaseException]:  # fmt: skip
+    room = asyncio.Semaphore(at_once)
+
+    async def one(work: Callable[[], Coroutine[object, object, T]]) -> T:
+        async with room:
+            return await work()
+
+    return dict(zip(works, await asyncio.gather(*map(one, works.values()), return_exceptions=True), strict=True))
 
 
 # ── callers ─────────────────────────────────────────────────────────────────────────────────────────────────────────

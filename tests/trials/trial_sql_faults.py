@@ -181,7 +181,7 @@ async def seen(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Callab
             on = await stack.enter_async_context(stage(folder / fault.__name__, database_url, Judge()))
             works[fault.__name__] = partial(take_place, fault, Site(postgres, proxy), on)
         yield await side_by_side(
-            works, at_once=AT_ONCE, slow=lambda each: each.fault in REPEATABLE and not each.in_time
+            works, at_once=AT_ONCE, again_at_once=1, slow=lambda each: each.fault in REPEATABLE and not each.in_time
         )
 
 
