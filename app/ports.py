@@ -48,8 +48,13 @@ class Cache(Protocol):
     def base(self, space: Space) -> bytes:
         """What every key of `space` has to be made with now; another one once its vectors have been invalidated."""
 
-    async def get_many(self, space: Space, keys: Sequence[bytes]) -> list[Vector | None]:
-        """One answer per key, in order. A level that fails is a miss, never an error."""
+    async def get_many(
+        self, space: Space, keys: Sequence[bytes], *, patient: bool = False
+    ) -> list[Vector | None]:  # fmt: skip
+        """One answer per key, in order. A level that fails is a miss, never an error.
+
+        Who is `patient` would rather wait for seconds than buy what is kept somewhere.
+        """
 
     def recall(self, keys: Sequence[bytes]) -> list[Vector | None]:
         """What this process itself has of them, without waiting."""

@@ -53,7 +53,9 @@ class DictLevel:
         self.down = False
         self.bug: Exception | None = None
 
-    async def read(self, space: Space, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+    async def read(
+        self, space: Space, keys: Sequence[bytes], *, within_s: float | None = None
+    ) -> dict[bytes, bytes]:  # fmt: skip
         """See `Level`."""
         self.asked.append([*keys])
         await self._answer(space)

@@ -14,6 +14,7 @@ PIECE_ITEMS = 256
 
 _FAILURES = 3
 _REST_S = 1.0
+_PATIENCE_S = 5.0  # how long those wait for a slow level who have time
 _GATHER_S = 0.1  # how long a value waits for company before it is written
 
 
@@ -69,6 +70,7 @@ class GuardedLevel:
         self._most_bytes = most_waiting_bytes
         self._clock = clock
         self._failures = 0
+        self._down = False
         self._next_try = 0.0
         self._writes: dict[bytes, Write] = {}
         self._waiting_bytes = 0
@@ -79,30 +81,34 @@ class GuardedLevel:
 
     # ── reads ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def read(self, space: Space, keys: Sequence[bytes]) -> dict[bytes, bytes] | None:
-        """What is kept under at most `PIECE_ITEMS` `keys`; None if the level cannot say in time."""
-        if self._failures < _FAILURES:
-            return await self._try(space, keys)
+    async def read(self, space: Space, keys: Sequence[bytes], *, patient: bool = False) -> dict[bytes, bytes] | None:
+        """What is kept under at most `PIECE_ITEMS` `keys`; None if the level cannot say in time.
+
+        Who is `patient` waits for a level that is slow, and says nothing about it to those who are not.
+        """
+        if self._failures < _FAILURES or (patient and not self._down):
+            return await self._try(space, keys, patient=patient)
         if self._clock() >= self._next_try:
             self._next_try = self._clock() + _REST_S
             self._tasks.create_task(self._try(space, keys))
         return None
 
-    async def _try(self, space: Space, keys: Sequence[bytes]) -> dict[bytes, bytes] | None:
-        reading = self._tasks.create_task(self._read(space, keys))
-        await asyncio.wait([reading], timeout=self._budget_s)
+    async def _try(self, space: Space, keys: Sequence[bytes], *, patient: bool = False) -> dict[bytes, bytes] | None:
+        budget_s = _PATIENCE_S if patient else None
+        reading = self._tasks.create_task(self._read(space, keys, budget_s))
+        await asyncio.wait([reading], timeout=budget_s or self._budget_s)
         found = reading.result() if reading.done() else None
-        if found is not None:
-            self._succeeded()
-        else:
+        if found is None:
             self._failed("down" if reading.done() else "slow")
+        elif not patient:
+            self._succeeded()
         return found
 
-    async def _read(self, space: Space, keys: Sequence[bytes]) -> dict[bytes, bytes] | None:
+    async def _read(self, space: Space, keys: Sequence[bytes], within_s: float | None) -> dict[bytes, bytes] | None:
         """Never raises: what it is in belongs to everybody."""
         started = self._clock()
         try:
-            found = await self.level.read(space, keys)
+            found = await self.level.read(space, keys, within_s=within_s)
         except LevelDown:
             return None
         except Exception as bug:  # supervision is for the errors that nobody thought of
@@ -121,6 +127,7 @@ class GuardedLevel:
 
     def _failed(self, reason: str) -> None:
         self._failures += 1
+        self._down = reason == "down"
         if self._failures == _FAILURES:
             self._next_try = self._clock() + _REST_S
             self._telemetry.cache_level_changed(level=self.level.name, up=False, reason=reason)

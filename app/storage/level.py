@@ -26,8 +26,13 @@ class Level(Protocol):
     name: str
     """In metrics: `redis`, `sql`."""
 
-    async def read(self, space: Space, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-        """The values kept under `keys`, as far as there are any; one round trip for up to 256 keys."""
+    async def read(
+        self, space: Space, keys: Sequence[bytes], *, within_s: float | None = None
+    ) -> dict[bytes, bytes]:  # fmt: skip
+        """The values kept under `keys`, as far as there are any; one round trip for up to 256 keys.
+
+        Whoever has time says how much, where the level would be down sooner.
+        """
 
     async def write(self, space: Space, entries: Sequence[tuple[bytes, bytes]]) -> None:
         """Keeps `entries`, in bulk; what is there under a key already is replaced."""

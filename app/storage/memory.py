@@ -48,7 +48,9 @@ class MemoryCache:
         del space
         return b""
 
-    async def get_many(self, space: Space, keys: Sequence[bytes]) -> list[Vector | None]:
+    async def get_many(
+        self, space: Space, keys: Sequence[bytes], *, patient: bool = False
+    ) -> list[Vector | None]:  # fmt: skip
         """See `ports.Cache`."""
         del space
         return self.recall(keys)

@@ -25,9 +25,11 @@ class RedisLevel:
         self._server = server
         self._ttl_s = ttl_s
 
-    async def read(self, space: Space, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-        """See `Level`."""
-        del space
+    async def read(
+        self, space: Space, keys: Sequence[bytes], *, within_s: float | None = None
+    ) -> dict[bytes, bytes]:  # fmt: skip
+        """See `Level`; for how long the server is waited for is its own."""
+        del space, within_s
         found: dict[bytes, bytes] = {}
         for piece in _pieces(keys):
             found |= await self._read(piece)

@@ -43,7 +43,7 @@ class TieredCache:
         telemetry: CacheTelemetry,
         *,
         epochs: Epochs | None = None,
-        most_waiting_bytes: int = 1 << 26,
+        most_waiting_bytes: int = 1 << 25,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._memory = memory
@@ -91,13 +91,15 @@ class TieredCache:
             base = self._bases[space.id] = self._base(space)
         return base
 
-    async def get_many(self, space: Space, keys: Sequence[bytes]) -> list[Vector | None]:
+    async def get_many(
+        self, space: Space, keys: Sequence[bytes], *, patient: bool = False
+    ) -> list[Vector | None]:  # fmt: skip
         """See `ports.Cache`."""
         found = self._memory.recall(keys)
         if None not in found or self._epochs is None or not self._levels:
             return found
         missing = dict.fromkeys(key for key, vector in zip(keys, found, strict=True) if vector is None)
-        below = await self._look_below(space, [*missing])
+        below = await self._look_below(space, [*missing], patient=patient)
         # Meanwhile others may have bought what is nowhere below: whoever asks again now must not buy it once more.
         late = [key for key in missing if key not in below]
         have = below | dict(zip(late, self._memory.recall(late), strict=True))
@@ -151,13 +153,13 @@ class TieredCache:
 
     # ── below memory ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _look_below(self, space: Space, keys: Sequence[bytes]) -> dict[bytes, Vector]:
+    async def _look_below(self, space: Space, keys: Sequence[bytes], *, patient: bool) -> dict[bytes, Vector]:
         """What the levels have of `keys`; it is in memory, and on its way to the levels above, when this returns."""
         vectors: dict[bytes, Vector] = {}
         for depth, level in enumerate(self._levels):
             missing = [key for key in keys if key not in vectors]
             for start in range(0, len(missing), PIECE_ITEMS):
-                sealed = await level.read(space, missing[start : start + PIECE_ITEMS])
+                sealed = await level.read(space, missing[start : start + PIECE_ITEMS], patient=patient)
                 if sealed is None:
                     break
                 opened = self._opened(level, space, sealed)

@@ -147,6 +147,25 @@ async def test_a_slow_level_is_waited_for_three_times_and_then_left_alone() -> N
 
 
 @virtual_time
+async def test_who_has_time_waits_for_a_slow_level() -> None:
+    """For seconds, and whatever those think of it who have none; for one that is down nobody waits."""
+    level, kept = DictLevel(), entries([str(n) for n in range(9)])
+    await fill(level, kept)
+    level.slow_s = 2.0
+    async with cache(level) as tiers:
+        for key in [*kept][:4]:
+            assert await tiers.get_many(SPACE, [key]) == [None]
+        asked = [*kept][4:6]
+        found, seconds = await timed(tiers.get_many(SPACE, asked, patient=True))
+        assert (found, seconds) == ([kept[key] for key in asked], 2.0)
+        assert (await timed(tiers.get_many(SPACE, [[*kept][6]])))[1] == 0.0
+        level.slow_s, level.down = 0.0, True
+        for key in [*kept][6:]:
+            assert await timed(tiers.get_many(SPACE, [key], patient=True)) == ([None], 0.0)
+        assert len(level.asked) == 3 + 1 + 1 + 1
+
+
+@virtual_time
 @pytest.mark.parametrize("fault", ["down", "bug"])
 async def test_a_level_that_fails_is_skipped(fault: str) -> None:
     """Errors of the store and bugs of ours alike: the request goes on further down, and bugs are counted."""

@@ -4,10 +4,11 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
 
 import pytest
 
-from app.domain import Limits, Priority, Tenant
+from app.domain import Limits, Priority, Tenant, Vector
 from app.engine.workqueue import QueueBound
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
 from app.ports import Claim, Grant, Limiter, NotYet
@@ -249,10 +250,10 @@ async def test_what_was_kept_meanwhile_is_not_bought_again() -> None:
 class Yielding(MemoryCache):
     """A cache that lets others have a turn."""
 
-    async def get_many(self, *asked: object) -> list[object]:  # type: ignore[override]
+    async def get_many(self, *asked: Any, **how: Any) -> list[Vector | None]:
         """See `ports.Cache`."""
         await asyncio.sleep(0)
-        return await super().get_many(*asked)  # type: ignore[arg-type,return-value]
+        return await super().get_many(*asked, **how)
 
 
 async def test_a_caller_that_leaves_at_any_moment_is_charged_what_was_sent(rigs: Rigs) -> None:

@@ -55,14 +55,17 @@ class SqlLevel:
 
     # ── a level ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def read(self, space: Space, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+    async def read(
+        self, space: Space, keys: Sequence[bytes], *, within_s: float | None = None
+    ) -> dict[bytes, bytes]:  # fmt: skip
         """See `Level`."""
         del space  # is part of the keys
+        within_s = within_s or self._within_s
         found: dict[bytes, bytes] = {}
         for start in range(0, len(keys), _PIECE_ITEMS):
             piece = keys[start : start + _PIECE_ITEMS]
             statement = _FOUND[self._database.dialect]
-            rows = await self._database.fetch(statement, {"keys": [*piece]}, within_s=self._within_s)
+            rows = await self._database.fetch(statement, {"keys": [*piece]}, within_s=within_s)
             found.update((row.key, row.value) for row in rows)
             if len(self._touched) < _MOST_TOUCHED:
                 self._touched.update(row.key for row in rows if row.touch)
