@@ -299,6 +299,7 @@ def _noun(record: TenantRecord) -> Tenant:
         Limits(*limits) if any(limits) else None,
         record.allowance,
         record.webhook_url,
+        record.bulk_tier,
     )
 
 

@@ -20,6 +20,9 @@ InputType: TypeAlias = Literal["query", "document"]
 Truncation: TypeAlias = Literal["none", "end", "mean"]
 """What becomes of a text that is too long: refused, cut at its end, or the mean of its windows."""
 
+Tier: TypeAlias = Literal["online", "vendor_batch"]
+"""How bulk work is done: through the queue like everything else, or by the vendor's own batches at their price."""
+
 
 class Priority(IntEnum):
     """Who goes first; the lower number. The lower classes keep a guaranteed share (see `engine/workqueue.py`)."""
@@ -68,7 +71,7 @@ class Tenant:
 
     Tenants of one `cache_group` share what was ever embedded for one of them; "" is the group of all who name none.
     `limits` and `allowance` are for what its requests buy; what is in the cache costs nothing. `webhook_url` is told
-    how much of an allowance is spent; "": nobody is.
+    how much of an allowance is spent; "": nobody is. `bulk_tier` is how its jobs are done that do not say.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Tenant:
     limits: Limits | None = None
     allowance: Allowance = NO_BOUND
     webhook_url: str = ""
+    bulk_tier: Tier = "online"
 
     @property
     def account(self) -> str:

@@ -4,6 +4,8 @@ from typing import Final, Literal, TypeAlias
 
 import msgspec
 
+from app.domain import Tier
+
 Status: TypeAlias = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
 ]
@@ -15,8 +17,6 @@ Ending: TypeAlias = Literal["completed", "expired", "cancelled"]
 """What a job becomes once its parts are joined."""
 
 Purpose: TypeAlias = Literal["batch", "batch_output"]
-Tier: TypeAlias = Literal["online", "vendor_batch"]
-"""Through the queue like everything else, or through the vendor's own batches at their price."""
 
 Kind: TypeAlias = Literal["read", "embed", "join"]
 """What a task does: check the input file, embed a span of its lines, put the parts together."""
@@ -70,6 +70,14 @@ class Work(msgspec.Struct, frozen=True):
     calls: float = 0.0
     nano_usd: int | None = 0
 
+    def __add__(self, other: "Work") -> "Work":
+        """Both together."""
+        cost = None if self.nano_usd is None or other.nano_usd is None else self.nano_usd + other.nano_usd
+        return Work(self.texts + other.texts, self.cached + other.cached, self.calls + other.calls, cost)
+
+
+NO_WORK: Final = Work()
+
 
 class Job(msgspec.Struct, frozen=True):
     """An `Order` and what became of it. Times are Unix milliseconds; counts are lines, `tokens` those of good ones.
@@ -88,7 +96,7 @@ class Job(msgspec.Struct, frozen=True):
     completed: int = 0
     failed: int = 0
     tokens: int = 0
-    work: Work = Work()
+    work: Work = NO_WORK
     pause: str = ""
     output_file_id: str = ""
     error_file_id: str = ""
@@ -146,7 +154,7 @@ class Piece(msgspec.Struct, frozen=True):
     tokens: int
     output_bytes: int
     error_bytes: int
-    work: Work = Work()
+    work: Work = NO_WORK
 
 
 def file_blob(file_id: str) -> str:
@@ -163,3 +171,8 @@ def piece_blobs(job_id: str, task: int, fence: int, piece: int) -> tuple[str, st
     """Where a piece's good lines and its failed ones are; an earlier holder of the task writes elsewhere."""
     stem = f"{parts_prefix(job_id)}/{task:06}/{piece:06}-{fence}"
     return f"{stem}.out", f"{stem}.err"
+
+
+def parcel_blob(job_id: str, task: int, fence: int, number: int) -> str:
+    """Where it is written down what a task orders from a vendor."""
+    return f"{parts_prefix(job_id)}/{task:06}/parcel-{fence}-{number}"

@@ -123,6 +123,9 @@ class JobStore(FileStore, Protocol):
     async def give_back(self, task: Task) -> None:
         """Somebody else may take it now."""
 
+    async def rest(self, task: Task, *, for_s: float) -> None:
+        """Gives the task back, and nobody takes it before then."""
+
     async def accept(self, task: Task, *, model: str, total: int, shards: Sequence[Shard]) -> bool:
         """The file is good: the job is in `in_progress` with a task `embed` for each shard. False: no longer held."""
 

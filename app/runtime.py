@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Self, assert_never
 
@@ -18,11 +19,13 @@ from app.engine.canary import Canary, Finding, Watch, probes
 from app.engine.gate import Bell, Gate
 from app.engine.gateway import EngineParts, Gateway
 from app.engine.intake import Intake, space_for
+from app.engine.wholesale import Vendor, Wholesale
 from app.engine.workqueue import QueueBound
 from app.errors import ConfigurationError
 from app.ports import Limiter, Provider
+from app.providers import batch_provider
 from app.providers.dialect import Dialect, Target
-from app.providers.http import Endpoint
+from app.providers.http import Endpoint, OnOpened
 from app.providers.local import LocalModel
 from app.providers.remote import RemoteProvider
 from app.serving import Menu, Served
@@ -30,6 +33,8 @@ from app.settings import LocalDeployment, RemoteDeployment, Settings, retirement
 from app.stores import Stores
 from app.telemetry import Reading, Telemetry
 from app.tokens import LearnedRatio
+
+_BATCH_CALLS, _BATCH_SILENCE_S = 4, 60.0  # at one moment about a vendor's own batches, and before a download is over
 
 
 class Runtime:
@@ -55,6 +60,7 @@ class Runtime:
         self.stores: Stores
         self.directory: Directory
         self.gateway: Gateway
+        self.wholesale: Wholesale
         self.canary: Canary
         self._rng = random.Random()  # noqa: S311 — jitter
         self._stack = AsyncExitStack()
@@ -83,7 +89,10 @@ class Runtime:
             limiter = await self.stores.limiter(limits, stack)
             self.directory = await stack.enter_async_context(self._directory(limiter))
             await stack.enter_async_context(self._alerts())
-            self.gateway = await stack.enter_async_context(self._engine(gates, limiter, bell))
+            parts = self._parts(gates, limiter)
+            self.gateway = await stack.enter_async_context(self._engine(parts, bell))
+            self.wholesale = Wholesale(self.gateway, parts, self._vendors(gates))
+            stack.push_async_callback(self.wholesale.aclose)
             self.canary = self._canary(gates, limiter, bell)
             self._stack = stack.pop_all()
         return self
@@ -187,17 +196,22 @@ class Runtime:
     def _remote(self, name: str, settings: RemoteDeployment) -> RemoteProvider:
         """Who calls a remote deployment."""
         dialect, telemetry = _dialect(settings), self.telemetry
-        key = settings.api_key.get_secret_value() if settings.api_key else None
-        endpoint = self._endpoints[name] = Endpoint(
-            settings.base_url,
-            {} if key is None else dialect.headers(key),
-            max_connections=settings.limits().max_in_flight,
-            connect_timeout_s=settings.connect_timeout_s,
-            read_timeout_s=settings.read_timeout_s,
-            proxy_from_environment=settings.proxy_from_environment,
+        endpoint = self._endpoints[name] = _endpoint(
+            settings, dialect, settings.limits().max_in_flight, settings.read_timeout_s,
             on_opened=lambda wait_s: telemetry.connection_opened(deployment=name, wait_s=wait_s),
-        )
+        )  # fmt: skip
         return RemoteProvider(dialect, endpoint)
+
+    def _vendors(self, gates: Mapping[str, Gate]) -> dict[str, Vendor]:
+        """Whose own batches can be had, by deployment: of the vendor itself, and of others whose price is stated."""
+        vendors = {}
+        for name in gates:
+            settings = self.settings.deployments[name]
+            if isinstance(settings, RemoteDeployment) and settings.has_batches:
+                connect = partial(_endpoint, settings, (dialect := _dialect(settings)), _BATCH_CALLS, _BATCH_SILENCE_S)
+                if (batches := batch_provider(dialect, connect)) is not None:
+                    vendors[name] = Vendor(batches, settings.batch_price)
+        return vendors
 
     def _connections(self) -> Reading:
         """How many connections every remote deployment has in each state."""
@@ -205,13 +219,9 @@ class Runtime:
             for state, count in endpoint.pool()._asdict().items():
                 yield (name, state), count
 
-    def _engine(self, gates: Mapping[str, Gate], limiter: Limiter, bell: Bell) -> Gateway:
+    def _parts(self, gates: Mapping[str, Gate], limiter: Limiter) -> EngineParts:
         settings = self.settings
-        self.telemetry.watch(
-            "embedgate_pool_connections", "Connections to providers by state, and calls that are waiting for one",
-            ("deployment", "state"), self._connections,
-        )  # fmt: skip
-        parts = EngineParts(
+        return EngineParts(
             cache=self.stores.cache,
             limiter=limiter,
             ledger=self.stores.ledger,
@@ -225,12 +235,19 @@ class Runtime:
             several_tenants=lambda: len(settings.tenants) + self.directory.size > 1,
             shares=self.stores.shares,
         )
+
+    def _engine(self, parts: EngineParts, bell: Bell) -> Gateway:
+        self.telemetry.watch(
+            "embedgate_pool_connections", "Connections to providers by state, and calls that are waiting for one",
+            ("deployment", "state"), self._connections,
+        )  # fmt: skip
+        queue = self.settings.queue
         intake = Intake(
             {name: model.route for name, model in self.menu.models.items()},
             {name: model.counter for name, model in self.menu.models.items()},
             self.menu.vocabulary,
         )
-        bound = QueueBound(settings.queue.max_items, settings.queue.max_tokens)
+        bound = QueueBound(queue.max_items, queue.max_tokens)
         return Gateway(intake, parts, bound, bell, clock=time.monotonic, rng=self._rng)
 
     def _canary(self, gates: Mapping[str, Gate], limiter: Limiter, bell: Bell) -> Canary:
@@ -245,6 +262,23 @@ class Runtime:
             watches.append(Watch(name, space, of_model, texts, tokens, interval_s, cosine))
         stores, clock = self.stores, time.monotonic
         return Canary(watches, stores.landmarks, limiter, stores.ledger, bell, self.telemetry, clock=clock)
+
+
+def _endpoint(
+    settings: RemoteDeployment, dialect: Dialect, max_connections: int, read_timeout_s: float | None,
+    on_opened: OnOpened = lambda wait_s: None,
+) -> Endpoint:  # fmt: skip
+    """The connections to a remote deployment."""
+    key = settings.api_key.get_secret_value() if settings.api_key else None
+    return Endpoint(
+        settings.base_url,
+        {} if key is None else dialect.headers(key),
+        max_connections=max_connections,
+        connect_timeout_s=settings.connect_timeout_s,
+        read_timeout_s=read_timeout_s,
+        proxy_from_environment=settings.proxy_from_environment,
+        on_opened=on_opened,
+    )
 
 
 def _dialect(settings: RemoteDeployment) -> Dialect:

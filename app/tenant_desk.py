@@ -13,7 +13,7 @@ from msgspec import Meta
 from app import money
 from app.alerts import webhook_secret
 from app.directory import NAME
-from app.domain import ANONYMOUS, Allowance, Limits, Tenant
+from app.domain import ANONYMOUS, Allowance, Limits, Tenant, Tier
 from app.errors import InvalidRequest, NotFound
 from app.settings import Settings, webhook_url
 from app.storage import api_key
@@ -54,6 +54,7 @@ class TenantTerms(Budget, frozen=True, forbid_unknown_fields=True):
     max_in_flight: Annotated[int, Meta(ge=0, le=100_000)] = 0
     cache_group: Annotated[str, Meta(pattern=f"^[!-~]{{0,128}}{_END}")] = ""
     webhook_url: Annotated[str, Meta(max_length=2048)] = ""
+    bulk_tier: Tier = "online"
 
 
 class NewTenant(TenantTerms, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -273,7 +274,7 @@ class TenantDesk:
             "requests_per_minute": terms.requests_per_minute, "tokens_per_minute": terms.tokens_per_minute,
             "max_in_flight": terms.max_in_flight, "day_nano_usd": allowance.per_day,
             "month_nano_usd": allowance.per_month, "cache_group": terms.cache_group,
-            "webhook_url": _webhook(terms.webhook_url),
+            "webhook_url": _webhook(terms.webhook_url), "bulk_tier": terms.bulk_tier,
         }  # fmt: skip
 
 
@@ -343,7 +344,7 @@ def _record(tenant: Tenant) -> TenantRecord:
     return TenantRecord(
         tenant.name, tenant.weight, tenant.priority.name.lower(), tuple(sorted(tenant.models)),
         limits.requests_per_minute, limits.tokens_per_minute, limits.max_in_flight, tenant.allowance,
-        tenant.cache_group, tenant.webhook_url, None,
+        tenant.cache_group, tenant.webhook_url, tenant.bulk_tier, None,
     )  # fmt: skip
 
 
@@ -353,7 +354,7 @@ def _tenant(record: TenantRecord) -> dict[str, Any]:
         "models": [*record.models], "requests_per_minute": record.requests_per_minute,
         "tokens_per_minute": record.tokens_per_minute, "max_in_flight": record.max_in_flight,
         **_budget(record.allowance), "cache_group": record.cache_group, "webhook_url": record.webhook_url,
-        "created_at": _moment(record.created_at_ms), "configured": False,
+        "bulk_tier": record.bulk_tier, "created_at": _moment(record.created_at_ms), "configured": False,
     }  # fmt: skip
 
 

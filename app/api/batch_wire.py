@@ -7,8 +7,9 @@ from typing import Any, Final, NamedTuple, get_args
 from app import money
 from app.api import bulky, wrong
 from app.api.errors import body_too_large
+from app.domain import Tier
 from app.errors import InvalidRequest
-from app.job import Job, Status, Tier
+from app.job import Job, Status
 
 _ENDPOINT: Final = "/v1/embeddings"
 _WINDOWS: Final[Mapping[str, int]] = {"24h": 86_400}
@@ -28,12 +29,12 @@ _MOMENTS = (
 
 
 class Wanted(NamedTuple):
-    """What a body asks for."""
+    """What a body asks for; `tier` None: it does not say."""
 
     input_file_id: str
     window_s: int
     metadata: dict[str, str]
-    tier: Tier
+    tier: Tier | None
     output_expires_after_s: int | None
 
 
@@ -57,13 +58,7 @@ def read(body: bytes) -> Wanted:
     _choice(fields, "endpoint", (_ENDPOINT,))
     window = _choice(fields, "completion_window", _WINDOWS)
     metadata = _metadata(fields.get("metadata"))
-    tier = metadata.get(_TIER, _TIERS[0])
-    if tier not in _TIERS:
-        raise wrong.value("metadata", tier, _TIERS)
-    if tier != "online":  # never taken and not done
-        text = f"Invalid value for '{_TIER}': '{tier}' is not supported by this version yet."
-        raise InvalidRequest(text, param="metadata", code="unsupported_value")
-    return Wanted(file_id, _WINDOWS[window], metadata, tier, _expiry_s(fields.get(_EXPIRY)))
+    return Wanted(file_id, _WINDOWS[window], metadata, _tier(metadata), _expiry_s(fields.get(_EXPIRY)))
 
 
 def page(query: Iterable[tuple[str, str]]) -> Page:
@@ -119,6 +114,21 @@ def _metadata(value: Any) -> dict[str, str]:
     return value
 
 
+def asks_for_vendor(metadata: Mapping[str, str]) -> bool:
+    """Whether a body with this metadata said itself that it wants the vendor's own batches."""
+    return metadata.get(_TIER) == "vendor_batch"
+
+
+def _tier(metadata: Mapping[str, str]) -> Tier | None:
+    said = metadata.get(_TIER)
+    if said is None:
+        return None
+    for tier in _TIERS:
+        if said == tier:
+            return tier
+    raise wrong.value("metadata", said, _TIERS)
+
+
 def _expiry_s(value: Any) -> int | None:
     if value is None:
         return None
@@ -168,7 +178,7 @@ def _own(job: Job) -> dict[str, Any]:
         "paused": job.pause or None,
         "output_is_ordered": True,
         "texts": work.texts,
-        "cached_texts": work.cached,
+        "cached_texts": max(0, work.cached),  # what a vendor brought is taken off before it is used
         "calls": round(work.calls),
         "cost_usd": None if work.nano_usd is None else money.usd(work.nano_usd),
     }
@@ -211,7 +221,8 @@ SCHEMAS: Final[Mapping[str, Any]] = {
             "completion_window": {"enum": list(_WINDOWS)},
             "metadata": _PAIRS | {
                 "maxProperties": _MOST_PAIRS,
-                "description": f"Yours. `{_TIER}`: `online`, or `vendor_batch` for the vendor's own batches and price.",
+                "description": f"Yours. `{_TIER}`: `online`, or `vendor_batch` for the vendor's own batches and price; "
+                "without it your tenant's `bulk_tier`.",
             },
             _EXPIRY: {
                 "type": "object", "required": ["anchor", "seconds"], "additionalProperties": False,

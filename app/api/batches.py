@@ -102,7 +102,7 @@ class _Desk:
             input_file_id=wanted.input_file_id,
             window_s=wanted.window_s,
             metadata=wanted.metadata,
-            tier=wanted.tier,
+            tier=wanted.tier or caller.tenant.bulk_tier,
             output_expires_after_s=wanted.output_expires_after_s,
             idempotency_key=again,
             digest=blake2b(body, digest_size=32).digest() if again else b"",

@@ -5,11 +5,14 @@ import random
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from functools import partial
 
 from app import __version__
+from app.api import batch_wire
 from app.api.bulk_lines import BulkLines
+from app.api.errors import printable
 from app.errors import ConfigurationError
-from app.job import Order
+from app.job import LineError, Order
 from app.jobs.embedding import Window
 from app.jobs.runner import Bounds, Runner
 from app.runtime import Runtime
@@ -25,10 +28,6 @@ def runner(runtime: Runtime) -> Runner:
     """One with the bounds of `[bulk]`, to be entered."""
     bulk, stores = runtime.settings.bulk, runtime.stores
 
-    def serves(order: Order, model: str) -> bool:
-        caller = runtime.directory.owner(order.tenant, order.key)
-        return model in runtime.gateway.routes and (caller is None or caller.tenant.may_use(model))
-
     bounds = Bounds(
         tasks=max(1, bulk.tasks),
         window=Window(bulk.lines_at_once, bulk.texts_at_once),
@@ -39,9 +38,23 @@ def runner(runtime: Runtime) -> Runner:
         keep_s=bulk.keep_days * 86_400,
     )
     return Runner(
-        stores.jobs, stores.blobs, runtime.gateway, BulkLines(runtime), runtime.telemetry, bounds,
-        owner=stores.replica, serves=serves, rng=random.Random(),  # noqa: S311 — jitter
+        stores.jobs, stores.blobs, runtime.gateway, runtime.wholesale, BulkLines(runtime), runtime.telemetry, bounds,
+        owner=stores.replica, wrong=partial(_wrong, runtime), rng=random.Random(),  # noqa: S311 — jitter
     )  # fmt: skip
+
+
+def _wrong(runtime: Runtime, order: Order, model: str) -> LineError | None:
+    """Why this order cannot have this model; one that only its tenant would rather have in batches can."""
+    caller = runtime.directory.owner(order.tenant, order.key)
+    if model not in runtime.gateway.routes or not (caller is None or caller.tenant.may_use(model)):
+        text = f"The model `{printable(model)}` does not exist or you do not have access to it."
+        return LineError("model_not_found", text, "body.model")
+    if batch_wire.asks_for_vendor(order.metadata) and not runtime.wholesale.sells(model):
+        text = (
+            f"The model `{printable(model)}` has no deployment whose vendor takes batches: leave out 'embedgate_tier'."
+        )
+        return LineError("unsupported_value", text, "body.model")
+    return None
 
 
 async def work(settings: Settings, on_ready: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from app.cli.running import with_examples
+from app.domain import Tier
 from app.errors import ConfigurationError
 from app.settings import Row, json_lines, table
 
@@ -38,12 +39,17 @@ FILE.output.jsonl and FILE.errors.jsonl, unless --output and --errors say where 
     embedgate jobs submit requests.jsonl
     embedgate jobs submit requests.jsonl --wait --output vectors.jsonl
     embedgate jobs submit requests.jsonl --metadata team=search --idempotency-key monday
+    embedgate jobs submit requests.jsonl --tier vendor_batch
+
+The tier vendor_batch is half the vendor's price (Voyage: two thirds): lines go through the vendor's own batches and are
+done within a day. What the vendor is late with goes the ordinary way at the ordinary price, as the tier online does at
+once. A job that names no tier has the bulk_tier of your tenant.
 
 Given again with the same --idempotency-key it does not begin again. Exit code 3: some lines failed, 4: it was cancelled
 or expired, 2: something is wrong with the file.
 """
 _RETRY = """
-Make a new job of the lines that failed in another one, as they stood in its input file:
+Make a new job of the lines that failed in another one, as they stood in its input file, with its metadata:
 
     embedgate jobs retry batch_0123456789abcdefghijklmn --wait
 """
@@ -70,12 +76,13 @@ def submit(
     wait: _Wait = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Where good lines go, with --wait.")] = None,
     errors: Annotated[Path | None, typer.Option(metavar="FILE", help="Where failed ones go, with --wait.")] = None,
+    tier: Annotated[Tier | None, typer.Option(help="How it is done; default: as your tenant's jobs are.")] = None,
     metadata: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="May be repeated.")] = None,
     idempotency_key: Annotated[str, typer.Option(metavar="KEY", help="Any name for this wish.")] = "",
     as_json: _AsJson = False,
 ) -> None:
     """See `_SUBMIT`."""
-    noted = _pairs(metadata or [])
+    noted = _pairs(metadata or []) | ({"embedgate_tier": tier} if tier else {})
     with _client(server) as client:
         job = _create(client, _upload(client, file), noted, idempotency_key)
         if not wait:
@@ -168,8 +175,8 @@ def _row(job: _Job) -> Row:
     (total, ok, failed), told = _counts(job), job.get("embedgate") or {}
     made = time.strftime("%Y-%m-%d %H:%M", time.gmtime(job["created_at"]))
     return {
-        "id": job["id"], "status": job["status"], "paused": told.get("paused") or "", "model": job.get("model") or "",
-        "lines": total, "ok": ok, "failed": failed,
+        "id": job["id"], "status": job["status"], "paused": told.get("paused") or "", "tier": told.get("tier") or "",
+        "model": job.get("model") or "", "lines": total, "ok": ok, "failed": failed,
         "tokens": (job.get("usage") or {}).get("total_tokens", 0), "usd": told.get("cost_usd") or "", "created": made,
     }  # fmt: skip
 

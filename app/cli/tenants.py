@@ -34,10 +34,12 @@ Make a tenant. Nobody can call for it before it has a key:
 
     embedgate tenants create search --weight 2 --priority interactive --models text-embedding-3-small
     embedgate tenants create crawler --priority bulk --budget-usd-per-day 2.50 --budget-usd-per-month 40
+    embedgate tenants create archive --bulk-tier vendor_batch
     embedgate keys create --tenant search
 
 What it buys is cached for it alone, unless it names a --cache-group: tenants of one group share what one of them
-bought.
+bought. With --bulk-tier vendor_batch its jobs are done by the vendor's own batches, most at half the price and within a
+day, unless a job says otherwise.
 """
 _UPDATE = """
 Change what is named here, and nothing else; a limit of 0 is none:
@@ -92,6 +94,9 @@ _Group = Annotated[str | None, typer.Option("--cache-group", help='With whom it 
 _Webhook = Annotated[
     str | None, typer.Option("--webhook-url", metavar="URL", help="Is told when 50, 80, 100 % of a budget are spent.")
 ]
+_BulkTier = Annotated[
+    str | None, typer.Option("--bulk-tier", help="Of jobs that name none: online or vendor_batch; default: online.")
+]
 
 
 @commands.command(help=with_examples(_CREATE))
@@ -99,7 +104,7 @@ def create(  # noqa: PLR0913 — an option each
     name: _Name, config: Config = None, weight: _Weight = None, priority: _Priority = None, models: Models = None,
     requests_per_minute: _Requests = None, tokens_per_minute: _Tokens = None, max_in_flight: _InFlight = None,
     per_day: PerDay = None, per_month: PerMonth = None, cache_group: _Group = None, webhook_url: _Webhook = None,
-    as_json: AsJson = False,
+    bulk_tier: _BulkTier = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """See `_CREATE`."""
     from app.tenant_desk import NewTenant
@@ -107,7 +112,7 @@ def create(  # noqa: PLR0913 — an option each
     given = named(
         name=name, weight=weight, priority=priority, models=several(models), requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute, max_in_flight=max_in_flight, budget_usd_per_day=per_day,
-        budget_usd_per_month=per_month, cache_group=cache_group, webhook_url=webhook_url,
+        budget_usd_per_month=per_month, cache_group=cache_group, webhook_url=webhook_url, bulk_tier=bulk_tier,
     )  # fmt: skip
     wanted = understood(given, NewTenant)
     show([_row(at_desk(config, lambda desk: desk.create_tenant(wanted)), as_json=as_json)], as_json=as_json)
@@ -147,7 +152,7 @@ def update(  # noqa: PLR0913 — an option each
     name: _Name, config: Config = None, weight: _Weight = None, priority: _Priority = None, models: Models = None,
     requests_per_minute: _Requests = None, tokens_per_minute: _Tokens = None, max_in_flight: _InFlight = None,
     per_day: PerDay = None, per_month: PerMonth = None, cache_group: _Group = None, webhook_url: _Webhook = None,
-    as_json: AsJson = False,
+    bulk_tier: _BulkTier = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """See `_UPDATE`."""
     from app.tenant_desk import TenantTerms
@@ -155,7 +160,7 @@ def update(  # noqa: PLR0913 — an option each
     given = named(
         weight=weight, priority=priority, models=several(models), requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute, max_in_flight=max_in_flight, budget_usd_per_day=per_day,
-        budget_usd_per_month=per_month, cache_group=cache_group, webhook_url=webhook_url,
+        budget_usd_per_month=per_month, cache_group=cache_group, webhook_url=webhook_url, bulk_tier=bulk_tier,
     )  # fmt: skip
     terms = understood(given, TenantTerms)
     show([_row(at_desk(config, lambda desk: desk.update_tenant(name, terms, given)), as_json=as_json)], as_json=as_json)

@@ -42,7 +42,7 @@ class Budget:
 
         Whether it did, and others had a turn meanwhile. Raises what `Budgets.reserve` does.
         """
-        bounds = _bounds(request)
+        bounds = bounds_of(request)
         if bounds is None:
             return False
         cost = max(sum(map(gate.cost_nano_usd, tokens)) for gate in gates)
@@ -103,7 +103,8 @@ class Budget:
             self._budgets.release(stay.bounds, nano_usd)
 
 
-def _bounds(request: EmbeddingRequest) -> Bounds | None:
+def bounds_of(request: EmbeddingRequest) -> Bounds | None:
+    """Which allowances a request has to stay within; None: there are none."""
     tenant, allowances = request.tenant, request.spender.allowances
     if tenant.allowance != NO_BOUND:
         allowances = ((tenant.account, tenant.allowance), *allowances)

@@ -5,11 +5,12 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from types import MappingProxyType
+from typing import Self
 
 import msgspec
 
-from app import money, vectors
+from app import money
 from app.domain import EmbeddingRequest, EmbeddingResult, Priority, Route, Space, Text, Vector
 from app.engine.batcher import Batcher, CrashLog
 from app.engine.budget import Budget
@@ -17,8 +18,9 @@ from app.engine.dispatcher import Dispatcher
 from app.engine.door import Door
 from app.engine.gate import LEAST_WAIT_S, Bell, Gate
 from app.engine.intake import Intake, Plan, Sized
-from app.engine.keys import CacheKeys
+from app.engine.need import Need, parts_of, result_of
 from app.engine.sharing import share
+from app.engine.shelf import Shelf
 from app.engine.workitem import Answer, WorkItem
 from app.engine.workqueue import QueueBound, WorkQueue
 from app.errors import DeadlineExceeded, EmbedgateError, ProviderUnavailable, RejectedInput, UpstreamFailed
@@ -78,9 +80,7 @@ class Gateway:
         self._rng = rng or random.Random()  # noqa: S311 — back-off jitter
         self._crashes = CrashLog(parts.telemetry, clock=self._clock)
         self._batchers: dict[tuple[str, ...], Batcher] = {}
-        self._keys, *self._older_keys = [
-            CacheKeys(secret, parts.cache) for secret in (parts.secret, *parts.older_secrets)
-        ]
+        self._shelf = Shelf(parts.cache, parts.secret, parts.older_secrets)
         self._door = Door(parts.limiter)
         self._budget = Budget(parts.budgets, clock=self._clock)
         self._tasks = asyncio.TaskGroup()
@@ -114,52 +114,64 @@ class Gateway:
 
     # ── the life of one request ─────────────────────────────────────────────────────────────────────────────────────
 
-    async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+    async def embed(
+        self, request: EmbeddingRequest, bought: Mapping[bytes, Vector] = MappingProxyType({})
+    ) -> EmbeddingResult:  # fmt: skip
         """One vector per text, in order, before the deadline; or an `EmbedgateError` for the whole request.
 
         When every deployment is out and the caller allows it, all of them come from the model that the operator named
-        for this case, and the result says so.
+        for this case, and the result says so. What was `bought` elsewhere, by the keys that `missing` told, is as good
+        as kept.
         """
         try:
-            return await self._embed(request)
+            return await self._embed(request, bought)
         except (ProviderUnavailable, UpstreamFailed) as outage:
             instead = self._instead(request)
             if instead is None:
                 raise
             try:
-                result = await self._embed(instead)
+                result = await self._embed(instead, {})
             except EmbedgateError:  # the caller asked for a model that is out, not for what the other would not take
                 raise outage from None
         self._parts.telemetry.answer_degraded(model=request.model, by=instead.model)
         return msgspec.structs.replace(result, model=instead.model)
 
-    async def _embed(self, request: EmbeddingRequest) -> EmbeddingResult:
-        plan = self._intake.plan(request)
-        texts = self._intake.texts(plan)
-        keys = self._keys.of(plan.space, request.tenant.cache_group, texts)
-        found = await self._parts.cache.get_many(plan.space, keys)
-        if None in found and self._older_keys:
-            found = await self._look_back(plan, keys, texts, found)
+    async def missing(self, request: EmbeddingRequest) -> tuple[Space, Mapping[bytes, Sized]]:
+        """What `embed` would have to buy, by key, and in which Space. Raises what is wrong with the request itself.
+
+        What is bought for somebody else at this moment is not.
+        """
+        plan, keys, texts, found = await self._look(request, {})
+        if None not in found:
+            return plan.space, {}
+        need = await self._need(plan, keys, texts, found, {})
+        missing = {key: part.sized for key, part in need.parts.items() if key not in need.have}
+        batcher = self._batchers.get(_place(plan.route, plan.space))
+        if batcher is not None:
+            missing = {key: sized for key, sized in missing.items() if batcher.find(key) is None}
+        return plan.space, missing
+
+    async def _embed(self, request: EmbeddingRequest, bought: Mapping[bytes, Vector]) -> EmbeddingResult:
+        plan, keys, texts, found = await self._look(request, bought)
         if None in found:
-            return await self._buy(plan, keys, texts, found)
+            return await self._buy(plan, keys, await self._need(plan, keys, texts, found, bought))
         hits = [vector for vector in found if vector is not None]
         self._intake.check_total(plan, sum(vector.tokens for vector in hits))
-        result = _result(plan, hits, cache_hits=len(hits))
-        self._tell_spared(plan, len(hits), 0, result.tokens)
-        return result
+        answered = result_of(plan, hits, cache_hits=len(hits))
+        self._tell_spared(plan, len(hits), 0, answered.tokens)
+        return answered
 
-    async def _look_back(
-        self, plan: Plan, keys: Sequence[bytes], texts: Sequence[Text], found: list[Vector | None]
-    ) -> list[Vector | None]:
-        """What is missing may be kept under the keys of before a rotation: then it is kept under today's from now."""
-        cache = self._parts.cache
-        for older in self._older_keys:
-            missing = {key: text for key, text, vector in zip(keys, texts, found, strict=True) if vector is None}
-            names = older.of(plan.space, plan.request.tenant.cache_group, list(missing.values()))
-            kept = dict(zip(missing, await cache.get_many(plan.space, names), strict=True))
-            cache.put_many(plan.space, [(key, vector) for key, vector in kept.items() if vector is not None])
-            found = [vector or kept[key] for key, vector in zip(keys, found, strict=True)]
-        return found
+    async def _look(
+        self, request: EmbeddingRequest, bought: Mapping[bytes, Vector]
+    ) -> tuple[Plan, Sequence[bytes], Sequence[Text], Sequence[Vector | None]]:  # fmt: skip
+        """What is wanted, the keys of its texts, the texts as the route takes them, and what of them is there."""
+        plan = self._intake.plan(request)
+        texts = self._intake.texts(plan)
+        patient = request.priority is Priority.BULK
+        keys, found = await self._shelf.find(plan.space, request.tenant.cache_group, texts, patient=patient)
+        if bought:
+            found = [vector or bought.get(key) for key, vector in zip(keys, found, strict=True)]
+        return plan, keys, texts, found
 
     def _instead(self, request: EmbeddingRequest) -> EmbeddingRequest | None:
         """The same wish to the model that stands in on outage, if caller and operator both want it."""
@@ -168,42 +180,51 @@ class Gateway:
             return None
         return msgspec.structs.replace(request, model=route.on_outage, allow_degraded=False)
 
-    async def _buy(
-        self, plan: Plan, keys: Sequence[bytes], texts: Sequence[Text], found: list[Vector | None]
-    ) -> EmbeddingResult:
-        """Gets what the cache does not have.
-
-        Counting may take a while, so the cache is asked again after it; from there until the table of texts in flight
-        holds every missing one nothing is awaited, so that no text is bought twice at one moment.
-        """
+    async def _need(
+        self, plan: Plan, keys: Sequence[bytes], texts: Sequence[Text], found: Sequence[Vector | None],
+        bought: Mapping[bytes, Vector],
+    ) -> Need:  # fmt: skip
+        """What the cache does not have, ready to be sent. Counting may take a while, so it is asked again after it."""
         have = {key: vector for key, vector in zip(keys, found, strict=True) if vector is not None}
-        hits = len(found) - found.count(None)
         known_tokens = sum(vector.tokens for vector in found if vector is not None)
         missing = {key: text for key, text, vector in zip(keys, texts, found, strict=True) if vector is None}
         sized, took_long = await self._intake.measure(plan, list(missing.values()), known_tokens)
         measured = dict(zip(missing, sized, strict=True))
         self._intake.check_total(plan, known_tokens + sum(measured[key].tokens for key in keys if key in measured))
         windows = {
-            key: self._keys.of(plan.space, plan.request.tenant.cache_group, [each.payload for each in sized.windows])
+            key: self._shelf.keys(plan.space, plan.request.tenant.cache_group, [each.payload for each in sized.windows])
             for key, sized in measured.items()
             if sized.windows
         }
-        parts = _parts_of(measured, windows)
+        need = Need(have, len(found) - found.count(None), measured, windows, parts_of(measured, windows))
         if took_long or windows:
-            again = await self._parts.cache.get_many(plan.space, [*parts])
-            have |= {key: vector for key, vector in zip(parts, again, strict=True) if vector is not None}
+            patient = plan.request.priority is Priority.BULK
+            again = await self._parts.cache.get_many(plan.space, [*need.parts], patient=patient)
+            have |= {key: vector for key, vector in zip(need.parts, again, strict=True) if vector is not None}
+            have |= {key: bought[key] for key in need.parts if key in bought}
+        return need
+
+    async def _buy(self, plan: Plan, keys: Sequence[bytes], need: Need) -> EmbeddingResult:
+        """Gets what is needed.
+
+        Until the table of texts in flight holds every missing one nothing is awaited, so that no text is bought twice
+        at one moment.
+        """
+        have, parts = need.have, need.parts
         owners = {key: keys.index(part.of) for key, part in parts.items()}
         answers, new = await self._bring(plan, {key: part.sized for key, part in parts.items()}, owners, have)
         have |= {key: Vector(answer.data, answer.tokens) for key, answer in answers.items()}
-        self._join_windows(plan.space, measured, windows, have)
+        if joined_windows := need.join_windows(unit=plan.space.normalised):
+            have |= joined_windows
+            self._parts.cache.put_many(plan.space, joined_windows.items())
         merged = [have[key] for key in keys]
-        joined = len(keys) - hits - len({parts[key].of for key in new})
+        joined = len(keys) - need.hits - len({parts[key].of for key in new})
         bought = [answers[key] for key in new]
-        result = _result(plan, merged, cache_hits=hits, joined=joined, answers=answers.values(), bought=bought)
-        if hits or joined:
-            spared_tokens = result.tokens - sum(answer.tokens for answer in bought)
-            self._tell_spared(plan, hits, joined, max(0, spared_tokens))
-        return result
+        answered = result_of(plan, merged, cache_hits=need.hits, joined=joined, answers=answers.values(), bought=bought)
+        if need.hits or joined:
+            spared_tokens = answered.tokens - sum(answer.tokens for answer in bought)
+            self._tell_spared(plan, need.hits, joined, max(0, spared_tokens))
+        return answered
 
     def _tell_spared(self, plan: Plan, hits: int, joined: int, tokens: int) -> None:
         """What the caller got without a purchase of its own, at the price of whoever serves first."""
@@ -232,22 +253,6 @@ class Gateway:
         finally:
             self._budget.leave(request)
             await self._door.leave(grant, bought)
-
-    def _join_windows(
-        self,
-        space: Space,
-        measured: Mapping[bytes, Sized],
-        windows: Mapping[bytes, Sequence[bytes]],
-        have: dict[bytes, Vector],
-    ) -> None:
-        """Puts the mean of its windows where a long text's vector belongs, and keeps it."""
-        for key, names in windows.items():
-            if key not in have:
-                found = [have[name] for name in names]
-                weights = [each.tokens for each in measured[key].windows]
-                data = vectors.mean([each.data for each in found], weights, unit=space.normalised)
-                have[key] = Vector(data, sum(each.tokens for each in found))
-                self._parts.cache.put_many(space, [(key, have[key])])
 
     def _queue(
         self, batcher: Batcher, plan: Plan, measured: Mapping[bytes, Sized]
@@ -308,7 +313,7 @@ class Gateway:
         There are a few per route: input types, truncation. Two names for one space share it only if they also name the
         same deployments in the same order: who pays is the operator's choice.
         """
-        place = (space.id, *(deployment.name for deployment in route.deployments))
+        place = _place(route, space)
         batcher = self._batchers.get(place)
         if batcher is None:
             parts, bell, clock = self._parts, self._bell, self._clock
@@ -350,49 +355,9 @@ class Gateway:
         )  # fmt: skip
 
 
-class _Part(NamedTuple):
-    """Something to buy, and the key of the text that it is or belongs to."""
-
-    sized: Sized
-    of: bytes
-
-
-def _parts_of(measured: Mapping[bytes, Sized], windows: Mapping[bytes, Sequence[bytes]]) -> dict[bytes, _Part]:
-    """What has to be bought, by key: each text, or the windows that stand for it; `windows` are their keys."""
-    parts: dict[bytes, _Part] = {}
-    for key, sized in measured.items():
-        for name, window in zip(windows.get(key, (key,)), sized.windows or (sized,), strict=True):
-            parts.setdefault(name, _Part(window, key))
-    return parts
-
-
-def _cost(route: Route, bought: Sequence[Answer]) -> int | None:
-    """What the calls cost that brought these, by the tokens that were billed; None where a price is not known."""
-    prices = {deployment.name: deployment.price for deployment in route.deployments}
-    costs = [None if (price := prices[each.deployment]) is None else each.tokens * price for each in bought]
-    return None if None in costs else sum(cost or 0 for cost in costs) // 1000
+def _place(route: Route, space: Space) -> tuple[str, ...]:
+    return (space.id, *(deployment.name for deployment in route.deployments))
 
 
 def _failed(future: asyncio.Future[Answer]) -> bool:
     return future.done() and future.exception() is not None
-
-
-def _result(
-    plan: Plan, merged: Sequence[Vector], *, cache_hits: int, joined: int = 0, answers: Collection[Answer] = (),
-    bought: Sequence[Answer] = (),
-) -> EmbeddingResult:  # fmt: skip
-    """Puts the answer together, cut to the width that was asked for; `bought` are the answers that it pays for."""
-    data = [vector.data for vector in merged]
-    if plan.width is not None:
-        data = [vectors.cut(full, plan.width) for full in data]
-    tokens = sum([vector.tokens for vector in merged])
-    if not answers:
-        return EmbeddingResult(data, tokens, plan.space, cache_hits, joined)
-    return EmbeddingResult(
-        data, tokens, plan.space, cache_hits, joined,
-        deployments=tuple(dict.fromkeys(answer.deployment for answer in answers)),
-        queue_s=max(answer.queue_s for answer in answers),
-        batch_items=max(answer.batch_items for answer in answers),
-        calls=sum(1 / answer.batch_items for answer in bought),
-        cost_nano_usd=_cost(plan.route, bought),
-    )  # fmt: skip

@@ -1,36 +1,26 @@
 """Hides how a shard is embedded: many lines at once, kept in their order, committed again and again, never twice."""
 
 import asyncio
+import math
 import random
-import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
-import msgspec
-
 from app.domain import EmbeddingRequest, EmbeddingResult
 from app.errors import (
-    BudgetExhausted,
-    DeadlineExceeded,
     EmbedgateError,
-    InternalError,
-    RateLimited,
     TryAgainLater,
-    UpstreamFailed,
 )
-from app.job import Job, Order, Piece, Task, Work, piece_blobs
+from app.job import NO_WORK, Job, Order, Piece, Task, Work, piece_blobs
 from app.job_ports import Blobs
+from app.jobs.patience import Patient
 from app.jobs.reading import Line, lines_of
 
 COMMIT_S: Final = 1.0
 """How old a finished line may be before it is committed, so long as the one before it is finished, too."""
 
 _COMMIT_BYTES = 2**23
-_PATIENCE_S = 600.0  # the deadline of a line's try
-_COOL_BASE_S, _COOL_CAP_S = 1.0, 300.0
-_PROBE_S = 60.0
-_AGAIN_BASE_S, _AGAIN_CAP_S = 0.5, 60.0
 
 
 class Wire(Protocol):
@@ -73,56 +63,30 @@ class Window(NamedTuple):
     texts: int
 
 
-class Cooldown:
-    """For how long lines of a task leave the providers alone: longer each time, until one is answered."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
-        self._times = 0
-        self._until = 0.0
-
-    def left_s(self, now: float) -> float:
-        """How long it still lasts."""
-        return max(0.0, self._until - now)
-
-    def answered(self) -> None:
-        """A line was."""
-        self._times = 0
-
-    def refused(self, now: float, named_s: float) -> None:
-        """A line was told to come again, after `named_s` at the soonest; those that were told at once count once."""
-        if now < self._until:
-            return
-        longest_s = min(_COOL_CAP_S, _COOL_BASE_S * 2.0**self._times)
-        self._times = min(self._times + 1, 16)
-        self._until = now + max(named_s, longest_s * self._rng.uniform(0.5, 1.0))
-
-
 class ShardWork:
     """The lines of one leased task.
 
-    `commit` says whether the task is still held. A caller that cancels `run` gives up what was not committed.
+    `commit` says whether the task is still held. A caller that cancels `run` gives up what was not committed. What was
+    done for the lines `before` counts with the first of them.
     """
 
     def __init__(
         self, task: Task, blobs: Blobs, wire: Wire, embed: Callable[[EmbeddingRequest], Awaitable[EmbeddingResult]],
         commit: Callable[[Task, Piece], Awaitable[Task | None]], *, window: Window, attempts: int, rng: random.Random,
+        before: Work = NO_WORK,
     ) -> None:  # fmt: skip
         self._task = task
+        self._before = before
         self._blobs = blobs
         self._wire = wire
-        self._embed = embed
+        self._patient = Patient(embed, attempts=attempts, rng=rng)
         self._commit = commit
         self._window = window
-        self._attempts = attempts
-        self._rng = rng
-        self._cooldown = Cooldown(rng)
         self._clock = asyncio.get_running_loop().time
         self._under_way: deque[asyncio.Task[Done]] = deque()
         self._texts = 0
         self._done: list[Done] = []  # what can be committed
         self._committed_at = self._clock()
-        self._paused: Paused | None = None
 
     async def run(self) -> bool:
         """Commits all lines; False: somebody else holds the task. Raises Paused once what was done is committed."""
@@ -139,7 +103,7 @@ class ShardWork:
         keeping: asyncio.Task[bool] | None = None
         more = True
         while more or self._under_way or self._done or keeping:
-            more = more and self._paused is None and await self._fill(group, lines)
+            more = more and not self._patient.broke and await self._fill(group, lines)
             await self._wait(keeping)
             self._collect()
             if keeping is not None and keeping.done():
@@ -150,8 +114,8 @@ class ShardWork:
             if keeping is None and self._is_due(last=not self._under_way):
                 done, self._done = self._done, []
                 keeping = group.create_task(self._keep(done))
-        if self._paused is not None:
-            raise self._paused
+        if self._patient.broke:
+            raise Paused("budget")
         return True
 
     def _give_up(self) -> None:
@@ -180,55 +144,15 @@ class ShardWork:
         """What it asks for; waits while nobody can know who asks."""
         while True:
             try:
-                return self._wire.read(bytes(line.body), self._task.job.order, self._clock() + _PATIENCE_S)
+                return self._wire.read(bytes(line.body), self._task.job.order, math.inf)
             except TryAgainLater as error:
                 await asyncio.sleep(error.retry_after_s)
 
     async def _line(self, custom_id: str, request: EmbeddingRequest, asked: Any) -> Done:
-        """Tries until it is embedded or surely will not be.
-
-        What only has to wait is no try; and who has tried in vain goes on while nobody is there for others, either.
-        """
-        tries, texts = 0, len(request.texts)
-        while True:
-            if self._paused is not None:
-                raise asyncio.CancelledError
-            now = self._clock()
-            if wait_s := self._cooldown.left_s(now):
-                await asyncio.sleep(wait_s)
-                continue
-            try:
-                result = await self._embed(msgspec.structs.replace(request, deadline=now + _PATIENCE_S))
-            except BudgetExhausted:
-                self._paused = self._paused or Paused("budget")
-            except (RateLimited, TryAgainLater) as error:
-                if error.retry_after_s is None:
-                    return Done(custom_id, texts, error)
-                self._cooldown.refused(self._clock(), error.retry_after_s)
-            except (UpstreamFailed, DeadlineExceeded, InternalError) as error:
-                tries += 1
-                if tries >= self._attempts:
-                    if await self._is_served(request):
-                        return Done(custom_id, texts, error)
-                    self._cooldown.refused(self._clock(), 0.0)
-                    continue
-                await asyncio.sleep(min(_AGAIN_CAP_S, _AGAIN_BASE_S * 2.0**tries) * self._rng.uniform(0.5, 1.0))
-            except EmbedgateError as error:
-                return Done(custom_id, texts, error)
-            else:
-                self._cooldown.answered()
-                return Done(custom_id, texts, (asked, result))
-
-    async def _is_served(self, request: EmbeddingRequest) -> bool:
-        """Whether a text that nobody could mind is embedded now: then it was not for an outage that others failed."""
-        harmless = msgspec.structs.replace(
-            request, texts=(f"hello {secrets.token_hex(4)}",), deadline=self._clock() + _PROBE_S
-        )
-        try:
-            await self._embed(harmless)
-        except EmbedgateError:
-            return False
-        return True
+        """Until it is embedded or surely will not be."""
+        answer = await self._patient.ask(request)
+        told = answer if isinstance(answer, EmbedgateError) else (asked, answer)
+        return Done(custom_id, len(request.texts), told)
 
     async def _wait(self, keeping: asyncio.Task[bool] | None) -> None:
         """Until the next line in order is done, or what is kept is kept, or it is time to keep what there is."""
@@ -265,10 +189,10 @@ class ShardWork:
         output_bytes = await self._write(good, answered)
         error_bytes = await self._write(bad, refused)
         tokens = sum(each.answer[1].tokens for each in answered if not isinstance(each.answer, EmbedgateError))
-        piece = Piece(
-            task.next_piece, len(done), len(answered), len(refused), tokens, output_bytes, error_bytes, _work(answered)
-        )
+        work = self._before + _work(answered)
+        piece = Piece(task.next_piece, len(done), len(answered), len(refused), tokens, output_bytes, error_bytes, work)
         after = await self._commit(task, piece)
+        self._before = NO_WORK
         self._committed_at = self._clock()
         self._texts -= sum(each.texts for each in done)
         if after is None:

@@ -29,18 +29,18 @@ _NO_OBJECT = "This line is not a JSON object."
 class Intake(AbstractContextManager["Intake"]):
     """Takes an input file piece by piece; its methods block, so they belong into a thread, one at a time.
 
-    `serves` says whether the tenant may ask for a model. What is wrong is told for at most `MOST_ERRORS` lines. Ids
+    `wrong` says why a model cannot be had, None: it can. What is wrong is told for at most `MOST_ERRORS` lines. Ids
     that were seen are kept on disk, by a hash.
     """
 
     def __init__(
-        self, *, serves: Callable[[str], bool], max_lines: int, max_inputs: int, shard_lines: int
+        self, *, wrong: Callable[[str], LineError | None], max_lines: int, max_inputs: int, shard_lines: int
     ) -> None:  # fmt: skip
         self.shards: list[Shard] = []
         self.errors: list[LineError] = []
         self.model = ""
         self.total = 0
-        self._serves = serves
+        self._unfit = wrong
         self._max_lines = max_lines
         self._max_inputs = max_inputs
         self._shard_lines = shard_lines
@@ -154,10 +154,8 @@ class Intake(AbstractContextManager["Intake"]):
             return
         if self.model:
             self._wrong("model_mismatch", "All lines of a batch must name the same model.", "body.model")
-        elif not self._serves(model):
-            shown = "".join(c for c in model[:64] if c.isprintable())
-            text = f"The model `{shown}` does not exist or you do not have access to it."
-            self._wrong("model_not_found", text, "body.model")
+        elif (unfit := self._unfit(model)) is not None:
+            self._wrong(unfit.code, unfit.message, unfit.param)
         self.model = self.model or model
 
     def _is_new(self, custom_id: str) -> bool:

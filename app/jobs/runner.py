@@ -3,18 +3,21 @@
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol, Self, TypeVar, assert_never
 
-from app.domain import EmbeddingRequest, EmbeddingResult
-from app.job import Order, Piece, Task, file_blob
+from app.domain import EmbeddingRequest, EmbeddingResult, Vector
+from app.engine.wholesale import Wholesale
+from app.errors import BudgetExhausted, TryAgainLater
+from app.job import NO_WORK, Job, LineError, Order, Piece, Task, file_blob
 from app.job_ports import Blobs, JobStore
 from app.jobs.embedding import Paused, ShardWork, Window, Wire
 from app.jobs.intake import Intake
 from app.jobs.joining import join
 from app.jobs.sweeping import sweep
+from app.jobs.vendor import VendorPath, Wait
 from app.storage.level import LevelDown
 from app.telemetry import Telemetry
 
@@ -24,6 +27,7 @@ LEASE_S: Final = 30.0
 _RENEW_S, _LOOK_S = 8.0, 1.0
 _AGAIN_S, _AGAIN_CAP_S = 0.2, 5.0
 _PAUSE_S = 60.0
+_CALLED_OFF_LOOK_S = 10.0
 _TROUBLE_S = 10.0  # how long a task is left to others after what should not have happened
 
 _T = TypeVar("_T")
@@ -32,7 +36,7 @@ _T = TypeVar("_T")
 class Engine(Protocol):
     """The one door, see `Gateway`."""
 
-    async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+    async def embed(self, request: EmbeddingRequest, bought: Mapping[bytes, Vector] = ...) -> EmbeddingResult:
         """One vector per text, in order."""
 
 
@@ -52,22 +56,24 @@ class Bounds:
 class Runner:
     """Works on jobs of `store` until it is left; an async context manager that owns its tasks.
 
-    What it was doing then is left to others at once; what was not committed is done again. `serves` says whether a
-    tenant may ask for a model.
+    What it was doing then is left to others at once; what was not committed is done again. `wrong` says why an order
+    cannot have a model.
     """
 
     def __init__(
-        self, store: JobStore, blobs: Blobs, engine: Engine, wire: Wire, telemetry: Telemetry, bounds: Bounds, *,
-        owner: str, serves: Callable[[Order, str], bool], rng: random.Random,
+        self, store: JobStore, blobs: Blobs, engine: Engine, wholesale: Wholesale, wire: Wire, telemetry: Telemetry,
+        bounds: Bounds, *, owner: str, wrong: Callable[[Order, str], LineError | None], rng: random.Random,
     ) -> None:  # fmt: skip
         self._store = store
         self._blobs = blobs
         self._engine = engine
+        self._wholesale = wholesale
+        self._vendor = VendorPath(blobs, wire, wholesale, self._note)
         self._wire = wire
         self._telemetry = telemetry
         self._bounds = bounds
         self._owner = owner
-        self._serves = serves
+        self._wrong = wrong
         self._rng = rng
         self._held: dict[asyncio.Task[None], Task] = {}
         self._wake = asyncio.Event()
@@ -157,10 +163,13 @@ class Runner:
                 await self._store.give_back(task)
         except LevelDown:
             pass
-        except Paused as paused:
-            reason = str(paused)
+        except (Paused, BudgetExhausted) as paused:
+            reason = str(paused) if isinstance(paused, Paused) else "budget"
             outcome = f"paused: {reason}"
             await self._surely(lambda: self._store.pause(task, reason, for_s=_PAUSE_S))
+        except TryAgainLater as later:
+            outcome, again_s = "put off", later.retry_after_s
+            await self._surely(lambda: self._store.rest(task, for_s=again_s))
         except asyncio.CancelledError:
             with suppress(LevelDown):
                 await asyncio.shield(self._store.give_back(task))
@@ -189,16 +198,9 @@ class Runner:
             case "read":
                 return await self._read(task)
             case "embed":
-                bounds = self._bounds
-                work = ShardWork(
-                    task, self._blobs, self._wire, self._engine.embed, self._commit,
-                    window=bounds.window, attempts=bounds.attempts, rng=self._rng,
-                )  # fmt: skip
-                return "done" if await work.run() else "taken over"
+                return await self._embed(task)
             case "join":
-                keep_s = self._bounds.keep_s
-                joined = await self._surely(lambda: join(task, self._store, self._blobs, self._wire, keep_s=keep_s))
-                return "done" if joined else "taken over"
+                return await self._join(task)
             case _:
                 assert_never(task.kind)
 
@@ -206,7 +208,7 @@ class Runner:
         """Checks the input file, and says what is wrong with it or how it is cut."""
         order, bounds = task.job.order, self._bounds
         intake = Intake(
-            serves=lambda model: self._serves(order, model), max_lines=bounds.max_lines, max_inputs=bounds.max_inputs,
+            wrong=lambda model: self._wrong(order, model), max_lines=bounds.max_lines, max_inputs=bounds.max_inputs,
             shard_lines=bounds.shard_lines,
         )  # fmt: skip
         with intake:
@@ -220,6 +222,39 @@ class Runner:
         model, total = intake.model, intake.total
         held = await self._surely(lambda: self._store.accept(task, model=model, total=total, shards=intake.shards))
         return "done" if held else "taken over"
+
+    async def _embed(self, task: Task) -> str:
+        """The lines of a shard; before that what of them the vendor's batches bring, if that is wanted."""
+        vectors: Mapping[bytes, Vector] = {}
+        before = NO_WORK
+        if task.job.order.tier == "vendor_batch" and (task.note or self._wholesale.sells(task.job.model)):
+            found = await self._vendor.look(task)
+            if found is None:
+                return "taken over"
+            if isinstance(found, Wait):
+                await self._surely(lambda: self._store.rest(task, for_s=found.for_s))
+                return "waits for the vendor"
+            task, vectors, before = found
+        work = ShardWork(
+            task, self._blobs, self._wire, lambda request: self._engine.embed(request, vectors), self._commit,
+            window=self._bounds.window, attempts=self._bounds.attempts, rng=self._rng, before=before,
+        )  # fmt: skip
+        return "done" if await work.run() else "taken over"
+
+    async def _join(self, task: Task) -> str:
+        """Puts the parts together; before that ends what a job that is over early has ordered."""
+        job = task.job
+        if job.ending != "completed" and job.order.tier == "vendor_batch":
+            tasks = await self._surely(lambda: self._store.tasks(job.id))
+            if not await self._vendor.call_off(tasks, _over_since_s(job)):
+                await self._surely(lambda: self._store.rest(task, for_s=_CALLED_OFF_LOOK_S))
+                return "waits for the vendor"
+        keep_s = self._bounds.keep_s
+        joined = await self._surely(lambda: join(task, self._store, self._blobs, self._wire, keep_s=keep_s))
+        return "done" if joined else "taken over"
+
+    async def _note(self, task: Task, words: bytes) -> Task | None:
+        return await self._surely(lambda: self._store.note(task, words))
 
     async def _commit(self, task: Task, piece: Piece) -> Task | None:
         after = await self._surely(lambda: self._store.commit(task, piece))
@@ -238,3 +273,8 @@ class Runner:
             except LevelDown:
                 await asyncio.sleep(again_s)
                 again_s = min(_AGAIN_CAP_S, 2 * again_s)
+
+
+def _over_since_s(job: Job) -> float:
+    """Since when nothing more is wanted of a job that ends early (Unix seconds)."""
+    return (job.cancelling_at_ms or job.finalizing_at_ms or job.expires_at_ms) / 1000

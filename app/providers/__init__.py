@@ -27,9 +27,10 @@ SERVERS: Mapping[str, type[Dialect]] = MappingProxyType(
 )
 """What a deployment of dialect `openai` may name as its `server`, because it speaks like OpenAI only nearly."""
 
-_BATCHES: Mapping[type[Dialect], type[VendorBatches]] = MappingProxyType(
+BATCHES: Mapping[type[Dialect], type[VendorBatches]] = MappingProxyType(
     {OpenAI: OpenAIBatches, Gemini: GeminiBatches, Voyage: VoyageBatches}
 )
+"""How the vendor's own batches are ordered, for those who have any."""
 
 
 def batch_provider(dialect: Dialect, connect: Callable[[], Endpoint]) -> VendorBatches | None:
@@ -38,5 +39,5 @@ def batch_provider(dialect: Dialect, connect: Callable[[], Endpoint]) -> VendorB
     The endpoint is theirs alone, and its `read_timeout_s` is all that ends a silent download. Whether the vendor is
     who answers there, and not somebody who speaks alike, is for the caller to know.
     """
-    kind = _BATCHES.get(type(dialect))
+    kind = BATCHES.get(type(dialect))
     return None if kind is None else kind(dialect, connect())

@@ -54,6 +54,11 @@ def cautions(settings: Settings, today: date) -> Iterator[str]:
     if settings.stores.database_url is not None and not settings.bulk.blobs:
         text = "files lie in the data_dir of whoever took them; name a folder or a bucket that all replicas share"
         yield f"{dotted(('bulk', 'blobs'))}: {text}"
+    remote = [each for each in settings.deployments.values() if isinstance(each, RemoteDeployment)]
+    for name, tenant in settings.tenants.items():
+        if tenant.bulk_tier == "vendor_batch" and not any(each.has_batches for each in remote):
+            text = "no deployment's vendor takes batches, so they go the ordinary way at the ordinary price"
+            yield f"{dotted(('tenants', name, 'bulk_tier'))}: {text}"
     for name, deployment in settings.deployments.items():
         yield from _quotas(name, deployment)
     for name, model in settings.models.items():

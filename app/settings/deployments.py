@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from app.domain import Attempts, BreakerPolicy, Limits
-from app.providers import DIALECTS, SERVERS
+from app.providers import BATCHES, DIALECTS, SERVERS
 from app.providers.cards import KNOWN_ON, ModelCard, Quota
 from app.providers.dialect import Dialect
 from app.settings.values import (
@@ -200,6 +200,11 @@ class RemoteDeployment(_Deployment):
     def is_vendors(self) -> bool:
         """Whether the vendor itself answers, so that what it publishes holds."""
         return self.wire.base_url != "" and urlsplit(self.base_url).hostname == urlsplit(self.wire.base_url).hostname
+
+    @property
+    def has_batches(self) -> bool:
+        """Whether the vendor's own batches can be ordered there: at the vendor, or where their price is stated."""
+        return self.wire in BATCHES and (self.is_vendors or self.batch_usd_per_million_tokens is not None)
 
     @property
     def understands_token_ids(self) -> bool:

@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from app import money
-from app.domain import Allowance, BreakerPolicy, InputType, Limits, Priority, Tenant, Truncation
+from app.domain import Allowance, BreakerPolicy, InputType, Limits, Priority, Tenant, Tier, Truncation
 from app.providers.cards import ModelCard
 from app.settings.deployments import DeploymentSettings, LocalDeployment, RemoteDeployment
 from app.settings.values import (
@@ -177,12 +177,13 @@ class TenantSettings(Section):
     budget_usd_per_month: BudgetUsd = 0.0
     webhook_url: WebhookUrl = ""
     cache_group: OptionalName = ""
+    bulk_tier: Tier = "online"
 
     def tenant(self, name: str) -> Tenant:
         """The noun, under its name."""
         return Tenant(
             name, self.weight, Priority[self.priority.upper()], frozenset(self.models), self.cache_group, self.limits,
-            self.allowance, self.webhook_url,
+            self.allowance, self.webhook_url, self.bulk_tier,
         )  # fmt: skip
 
     @property

@@ -101,6 +101,7 @@ class Telemetry:
         self.job_lines = counter("job_lines", "Lines of jobs that are done", "model", "outcome")
         self.job_tokens = counter("job_tokens", "Tokens of lines of jobs that are done", "model")
         self.job_tasks = counter("job_tasks", "Parts of jobs that were worked on", "kind", "outcome")
+        self.vendor_batches = counter("vendor_batches", "Vendors' own batches", "deployment", "event")
         self.budget_refusals = counter("budget_refusals", "Requests that a budget did not pay for", "tenant")
         self.budget_alerts = counter("budget_alerts", "Parts of budgets that were spent", "tenant", "percent")
         self.alert_deliveries = counter("alert_deliveries", "Calls of tenants' webhooks", "outcome")
@@ -297,6 +298,11 @@ class Telemetry:
         """A part of a job was worked on, and ended so."""
         self.job_tasks.labels(kind, outcome if outcome in {"done", "refused", "taken over"} else "put off").inc()
         self._event("job.task", job=job, kind=kind, number=number, outcome=outcome, duration_s=round(duration_s, 3))
+
+    def vendor_batch(self, event: str, *, deployment: str, name: str, texts: int, **fields: str | int) -> None:
+        """A vendor's own batch was `ordered` or `received`, `failed` there, or could not be asked for (`troubled`)."""
+        self.vendor_batches.labels(deployment, event).inc()
+        self._event(f"vendor_batch.{event}", deployment=deployment, name=name, texts=texts, **fields)
 
     # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

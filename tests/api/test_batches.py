@@ -17,7 +17,7 @@ import pytest
 
 from app.api import batches, bulk
 from app.job import ENDED, LineError, Piece, Purpose, Shard, StoredFile, Task, Work
-from app.tenant_desk import NewKey, NewTenant, TenantDesk
+from app.tenant_desk import NewKey, NewTenant, TenantDesk, TenantTerms
 from tests.api.conftest import ADA_KEY, KEY, SMALL, TENANTS, Edge, expected, running
 
 NOBODY_WORKS = "[bulk]\ntasks = 0\nmax_open_batches = {most}\n"
@@ -255,6 +255,47 @@ async def test_a_batch_that_waits_says_for_what(tmp_path: Path) -> None:
     assert (own["tier"], own["paused"], own["cost_usd"]) == ("online", "budget", "0.00")
 
 
+async def test_a_batch_is_done_as_its_metadata_says_or_else_as_its_tenants_are(tmp_path: Path) -> None:
+    """The caller's metadata stays what it was; a tenant of the file has its tier, one that names none is online."""
+    tenants = TENANTS.replace("[tenants.archive]", '[tenants.archive]\nbulk_tier = "vendor_batch"')
+    said: list[dict[str, str] | None] = [
+        None, {"a": "b"}, {"embedgate_tier": "online"}, {"embedgate_tier": "vendor_batch"},
+    ]  # fmt: skip
+    found = {}
+    async with ordered_at(tmp_path, tenants=tenants) as edge:
+        for tenant, key in (("search", KEY), ("archive", ADA_KEY)):
+            tiers = []
+            for metadata in said:
+                file_id = await stored(edge, tenant)
+                answer = await ask(edge, "POST", body={"input_file_id": file_id, **GOOD, "metadata": metadata}, key=key)
+                new = (await ask(edge, "GET", f"/{answer.json()['id']}", key=key)).json()
+                assert new["metadata"] == metadata
+                tiers.append(new["embedgate"]["tier"])
+            found[tenant] = tiers
+    assert found == {
+        "search": ["online", "online", "online", "vendor_batch"],
+        "archive": ["vendor_batch", "vendor_batch", "online", "vendor_batch"],
+    }
+
+
+async def test_the_tier_of_a_tenant_made_at_run_time_is_that_of_its_orders_from_then_on(tmp_path: Path) -> None:
+    """What was ordered before stays as it was ordered."""
+    async with ordered_at(tmp_path) as edge:
+        stores = edge.runtime.stores
+        desk = TenantDesk(edge.runtime.settings, stores.database, stores.directory, stores.secret)
+        await desk.create_tenant(NewTenant(name="team", bulk_tier="vendor_batch"))
+        key = (await desk.create_key(NewKey(tenant="team")))["key"]
+        ids = []
+        for terms in (None, TenantTerms()):
+            if terms is not None:
+                await desk.update_tenant("team", terms, ["bulk_tier"])
+            await edge.runtime.directory.refresh()
+            body = {"input_file_id": await stored(edge, "team"), **GOOD}
+            ids.append((await ask(edge, "POST", body=body, key=key)).json()["id"])
+        found = [(await ask(edge, "GET", f"/{id_}", key=key)).json() for id_ in ids]
+    assert [each["embedgate"]["tier"] for each in found] == ["vendor_batch", "online"]
+
+
 # ── what cannot be ordered ──────────────────────────────────────────────────────────────────────────────────────────
 
 _LONG = "x" * 513
@@ -273,7 +314,7 @@ FAULTS: dict[str, tuple[Mapping[str, Any], str, str]] = {
     "too long a value": ({"metadata": {"k": _LONG}}, "metadata", "string_above_max_length"),
     "a value that is a number": ({"metadata": {"k": 1}}, "metadata", "invalid_type"),
     "a tier that there is not": ({"metadata": {"embedgate_tier": "free"}}, "metadata", "invalid_value"),
-    "a tier of later": ({"metadata": {"embedgate_tier": "vendor_batch"}}, "metadata", "unsupported_value"),
+    "a tier of nobody": ({"metadata": {"embedgate_tier": ""}}, "metadata", "invalid_value"),
     "expiry of a string": ({"output_expires_after": "1h"}, "output_expires_after", "invalid_type"),
     "expiry without seconds": (
         {"output_expires_after": {"anchor": "created_at"}},

@@ -70,10 +70,14 @@ async def test_a_file_is_done_and_told_of(tmp_path: Path) -> None:
 
 
 async def test_lines_that_failed_are_tried_again_as_a_new_job(tmp_path: Path) -> None:
-    """Exit code 3; of the new job only they are part, and those that were bought are not bought again."""
+    """Exit code 3; of the new job only they are part, and those that were bought are not bought again.
+
+    It has the metadata of the first, thus its tier.
+    """
     write(tmp_path / "in.jsonl", "good", [], "better", [])
+    noted = ("--metadata", "team=search", "--tier", "online")
     async with working(tmp_path) as edge:
-        code, said, _ = await jobs(edge, "submit", "in.jsonl", "--wait", folder=tmp_path)
+        code, said, _ = await jobs(edge, "submit", "in.jsonl", "--wait", *noted, folder=tmp_path)
         assert code == 3
         assert "lines     4: 2 ok, 2 failed, 0 skipped" in said
         name = said.split()[0]
@@ -82,6 +86,30 @@ async def test_lines_that_failed_are_tried_again_as_a_new_job(tmp_path: Path) ->
         code, said, _ = await jobs(edge, "retry", name, "--wait", folder=tmp_path)
         assert code == 3
         assert "lines     2: 0 ok, 2 failed, 0 skipped" in said
+        _, shown, _ = await jobs(edge, "show", said.split()[0], "--json", folder=tmp_path)
+        assert json.loads(shown)["metadata"] == {"team": "search", "embedgate_tier": "online"}
+
+
+async def test_a_job_can_go_through_the_vendors_batches(tmp_path: Path) -> None:
+    """Where it says so: --tier goes before the same said as metadata, and is shown beside every job."""
+    write(tmp_path / "in.jsonl", "text")
+    said = ("--metadata", "embedgate_tier=online", "--metadata", "team=search")
+    async with running(tmp_path) as edge:
+        _, plain, _ = await jobs(edge, "submit", "in.jsonl", folder=tmp_path)
+        _, cheap, _ = await jobs(edge, "submit", "in.jsonl", "--tier", "vendor_batch", *said, folder=tmp_path)
+        _, listed, _ = await jobs(edge, "list", "--json", folder=tmp_path)
+        found = {job["id"]: (job["embedgate"]["tier"], job["metadata"]) for job in map(json.loads, listed.splitlines())}
+        assert found == {
+            plain.strip(): ("online", None),
+            cheap.strip(): ("vendor_batch", {"embedgate_tier": "vendor_batch", "team": "search"}),
+        }
+        for command in (("list",), ("show", cheap.strip())):
+            columns, first, *_ = (await jobs(edge, *command, folder=tmp_path))[1].splitlines()
+            assert first[columns.index("TIER") :].split()[0] == "vendor_batch"
+        code, said_nothing, complaints = await jobs(edge, "submit", "in.jsonl", "--tier", "free", folder=tmp_path)
+        assert (code, said_nothing) == (2, "")
+        assert "--tier" in complaints
+        assert "vendor_batch" in complaints
 
 
 async def test_a_file_that_is_wrong_is_told_line_by_line(tmp_path: Path) -> None:

@@ -179,11 +179,11 @@ async def test_project_and_user_go_with_what_is_bought(edge: Edge) -> None:
     seen: list[EmbeddingRequest] = []
     embed = edge.runtime.gateway.embed
 
-    async def watched(request: EmbeddingRequest) -> Any:
+    async def watched(request: EmbeddingRequest, *bought: Any) -> Any:
         seen.append(request)
-        return await embed(request)
+        return await embed(request, *bought)
 
-    edge.runtime.gateway.embed = watched  # type: ignore[method-assign]
+    edge.runtime.gateway.embed = watched  # type: ignore[method-assign,assignment]
     await ask(edge.http, free)
     await ask(edge.http, free, x_embedgate_project="ix")
     await ask(edge.http, pinned, x_embedgate_project="ix")
@@ -294,6 +294,7 @@ async def test_nonsense_is_refused_in_the_usual_envelope(edge: Edge) -> None:
         ("POST", "/admin/tenants", {"name": "a", "weight": 0}),
         ("POST", "/admin/tenants", {"name": "a", "models": []}),
         ("POST", "/admin/tenants", {"name": "a", "models": ["nobody"]}),
+        *[("POST", "/admin/tenants", {"name": "a", "bulk_tier": tier}) for tier in ("", "free", None, 7)],
         *[("POST", "/admin/tenants", {"name": "a", "webhook_url": url})
           for url in ("file:///etc/passwd", "https://", "https://user:word@example.com/", "https://:word@example.com/",
                       "https://example.com:99999/", "https://example.com/a b", "https://exämple.com/", 7,

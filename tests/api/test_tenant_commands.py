@@ -36,7 +36,7 @@ def told(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     ("command", "says"),
     [
         (("tenants",), ("embedgate tenants create search", "within 5 s", "list", "delete")),
-        (("tenants", "create"), ("--budget-usd-per-day 2.50", "--cache-group", "--webhook-url")),
+        (("tenants", "create"), ("--budget-usd-per-day 2.50", "--cache-group", "--webhook-url", "--bulk-tier")),
         (("tenants", "webhook-secret"), ("embedgate tenants webhook-secret search", "standardwebhooks.com")),
         (("projects", "set"), ("what is not named has", "--budget-usd-per-month")),
         (("tenants", "delete"), ("embedgate tenants delete crawler", "deleted tenant")),
@@ -57,9 +57,10 @@ def test_the_life_of_a_tenant_and_its_key(tmp_path: Path) -> None:
     """Made, shown, changed, rotated, revoked, deleted; money is exact, and the key shown once."""
     hook = ("--webhook-url", "https://example.com/hook?token=1")
     monthly = ("--budget-usd-per-month", "0.100000001")
-    (made,) = told(tmp_path, "tenants", "create", "search", "--weight", "2.5", *monthly, *hook)
+    batched = ("--bulk-tier", "vendor_batch")
+    (made,) = told(tmp_path, "tenants", "create", "search", "--weight", "2.5", *monthly, *hook, *batched)
     assert (made["name"], made["weight"], made["budget_usd_per_month"]) == ("search", 2.5, "0.100000001")
-    assert made["webhook_url"] == hook[1]
+    assert (made["webhook_url"], made["bulk_tier"]) == (hook[1], "vendor_batch")
     (project,) = told(tmp_path, "projects", "set", "search", "ix", "--budget-usd-per-day", "1")
     assert project["budget_usd_per_day"] == "1.00"
     of_ix = ("--tenant", "search", "--project", "ix", "--budget-usd-per-day", "0.5")
@@ -68,7 +69,8 @@ def test_the_life_of_a_tenant_and_its_key(tmp_path: Path) -> None:
     assert re.fullmatch(f"eg_live_{key['id']}[0-9A-Za-z]{{49}}", key["key"])
     (changed,) = told(tmp_path, "tenants", "update", "search", "--budget-usd-per-month", "0", "--models", "mini")
     assert (changed["budget_usd_per_month"], changed["models"], changed["weight"]) == (None, ["mini"], 2.5)
-    assert changed["webhook_url"] == hook[1]
+    assert (changed["webhook_url"], changed["bulk_tier"]) == (hook[1], "vendor_batch")
+    assert told(tmp_path, "tenants", "update", "search", "--bulk-tier", "online")[0]["bulk_tier"] == "online"
     assert re.fullmatch(r"whsec_[\w+/]{43}=\n", run(tmp_path, "tenants", "webhook-secret", "search").stdout)
     (rotated,) = told(tmp_path, "keys", "rotate", key["id"], "--overlap", "1h")
     assert (rotated["id"], rotated["key"] != key["key"]) == (key["id"], True)
@@ -109,6 +111,7 @@ def test_people_are_shown_tables(tmp_path: Path) -> None:
         (("tenants", "create", "t", "--webhook-url", "ftp://x"), "'webhook_url' must be a URL such as"),
         (("tenants", "webhook-secret", "nobody"), "There is no tenant 'nobody'."),
         (("tenants", "create", "t", "--priority", "first"), "--priority: "),
+        (("tenants", "update", "t", "--bulk-tier", "cheap"), "--bulk-tier: "),
         (("tenants", "create", "t", "--models", "nobody"), "There is no model 'nobody'."),
         (("tenants", "update", "filed", "--weight", "2"), "is in the configuration file"),
         (("tenants", "show", "nobody"), "There is no tenant 'nobody'."),

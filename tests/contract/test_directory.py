@@ -40,6 +40,7 @@ SETTINGS = Settings.model_validate(
                 "weight": 3.0,
                 "budget_usd_per_month": 2.5,
                 "webhook_url": "http://h/filed",
+                "bulk_tier": "vendor_batch",
             }
         },
     }
@@ -99,15 +100,18 @@ async def test_a_key_stands_for_its_tenant_as_it_is_now(office: Office) -> None:
     key = await office.key()
     first = office.caller(key).tenant
     assert (first.name, first.weight, first.priority, first.limits) == ("search", 1.0, Priority.DEFAULT, None)
+    assert first.bulk_tier == "online"
     await office.desk.update_tenant("search", TenantTerms(weight=2.0, models=["mini"]), ["weight", "models"])
     await office.desk.update_tenant(
-        "search", TenantTerms(priority="bulk", max_in_flight=9), ["priority", "max_in_flight"]
+        "search",
+        TenantTerms(priority="bulk", max_in_flight=9, bulk_tier="vendor_batch"),
+        ["priority", "max_in_flight", "bulk_tier"],
     )
     await office.directory.refresh()
     after = office.caller(key).tenant
     assert (after.weight, after.priority, after.models) == (2.0, Priority.BULK, frozenset({"mini"}))
     assert after.limits == Limits(0, 0, 9)
-    assert after.cache_group == first.cache_group
+    assert (after.cache_group, after.bulk_tier) == (first.cache_group, "vendor_batch")
 
 
 async def test_limits_are_told_as_they_come_change_and_go(office: Office) -> None:
@@ -148,7 +152,9 @@ async def test_tenants_of_the_file_go_first(office: Office) -> None:
     caller = office.caller(await office.key("filed"))
     assert (caller.tenant.name, caller.tenant.weight, caller.tenant.cache_group) == ("filed", 3.0, "")
     rows = (await office.desk.tenants(Page())).rows
-    assert [(row["name"], row["configured"]) for row in rows] == [("filed", True), ("search", False)]
+    assert [(row["name"], row["configured"], row["bulk_tier"]) for row in rows] == [
+        ("filed", True, "vendor_batch"), ("search", False, "online"),
+    ]  # fmt: skip
 
 
 async def test_deleting_a_tenant_ends_its_keys_for_good(office: Office) -> None:

@@ -144,6 +144,90 @@ async def test_what_is_given_back_somebody_else_takes_at_once(shop: Shop) -> Non
     assert (fresh.done_lines, fresh.note, fresh.fence) == (4, b"\0vendor", task.fence + 1)
 
 
+async def test_what_rests_nobody_takes_before_its_time(shop: Shop) -> None:
+    """Others are taken meanwhile; then whoever comes goes on with what was done and what was noted."""
+    job = await shop.begin(lines=[10, 10])
+    first, second = await shop.take(most=2)
+    after = await shop.store.commit(first, piece(first, 4))
+    assert after is not None
+    assert await shop.store.note(after, b"vendor") is not None
+    await shop.store.rest(after, for_s=FOR_S)
+    await shop.store.give_back(second)
+    assert [task.number for task in await shop.take("two", most=9)] == [second.number]
+    await shop.run_out(after)
+    (fresh,) = await shop.take("three", most=9)
+    assert (fresh.number, fresh.fence, fresh.owner) == (first.number, first.fence + 1, "three")
+    assert (fresh.done_lines, fresh.next_piece, fresh.note) == (4, 1, b"vendor")
+    assert (await shop.look(job)).status == "in_progress"
+
+
+async def test_what_rests_for_no_time_is_taken_at_once(shop: Shop) -> None:
+    """As if it had been given back."""
+    await shop.begin()
+    await shop.store.rest(await shop.take_one(), for_s=0.0)
+    assert (await shop.take_one("two")).fence == 2
+
+
+async def test_who_rested_is_not_heard_any_more(shop: Shop) -> None:
+    """Nor does who lost a task keep it from others by resting."""
+    job = await shop.begin()
+    task = await shop.take_one()
+    await shop.store.rest(task, for_s=FOR_S)
+    assert await shop.store.commit(task, piece(task)) is None
+    assert await shop.store.note(task, b"mine") is None
+    assert await shop.store.renew([task], for_s=FOR_S) == []
+    await shop.store.give_back(task)
+    await shop.store.pause(task, "budget", for_s=FOR_S)
+    assert await shop.take("two") == []
+    await shop.run_out(task)
+    fresh = await shop.take_one("two")
+    await shop.store.rest(task, for_s=FOR_S)
+    assert await shop.store.commit(fresh, piece(fresh)) is not None
+    assert ((await shop.look(job)).completed, (await shop.look(job)).pause) == (10, "")
+
+
+async def test_what_rests_counts_for_nobodys_turn(shop: Shop) -> None:
+    """Nobody works on it, so its tenant is served no later for it."""
+    await shop.upload("theirs", "b")
+    await shop.begin(lines=[1] * 4)
+    for task in await shop.take(most=2):
+        await shop.store.rest(task, for_s=FOR_S)
+    await shop.begin("b", lines=[1] * 4, input_file_id="theirs")
+    assert [task.job.order.tenant for task in await shop.take("two", most=3)] == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "expired"])
+async def test_what_rests_does_not_keep_a_job_open(shop: Shop, how: str) -> None:
+    """One that is over is joined at once; and it is found by whoever joins, with what was noted."""
+    job = await shop.begin(lines=[10, 10])
+    first, second = await shop.take(most=2)
+    assert await shop.store.note(first, b"vendor") is not None
+    await shop.store.rest(first, for_s=FOR_S)
+    if how == "cancelled":
+        await shop.store.cancel("a", job.id)
+        await shop.store.give_back(second)
+    else:
+        await shop.set_job(job, expires_at_ms=1)
+        await shop.store.rest(second, for_s=FOR_S)
+    join = await shop.take_one("two")
+    assert (join.kind, join.job.ending) == ("join", how)
+    assert [task.note for task in await shop.store.tasks(job.id)] == [b"vendor", b""]
+    assert await shop.store.close(join, output=None, errors=None)
+    assert (await shop.look(job)).status == how
+
+
+async def test_a_join_that_rests_is_taken_when_its_job_is_called_off(shop: Shop) -> None:
+    """Until then it waits, and whoever would have joined for another ending is not heard."""
+    job = await shop.begin()
+    join = await shop.finish()
+    await shop.store.rest(join, for_s=FOR_S)
+    assert await shop.take("two") == []
+    await shop.store.cancel("a", job.id)
+    assert not await shop.store.close(join, output=None, errors=None)
+    fresh = await shop.take_one("two")
+    assert (fresh.kind, fresh.job.ending) == ("join", "cancelled")
+
+
 async def test_ten_at_once_never_get_the_same(busy_shop: Shop) -> None:
     """A hundred tasks of four jobs, all done by ten who are at it at once: each once, and all of them count."""
     await busy_shop.upload("theirs", "b")

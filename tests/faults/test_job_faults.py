@@ -46,6 +46,7 @@ model = "{model}"
 usd_per_million_tokens = 20
 max_batch_items = 16
 max_in_flight = 4
+{deployment}
 [models."{model}"]
 deployments = ["main"]
 [tenants.search]
@@ -127,11 +128,18 @@ def text(line: int) -> str:
 
 @asynccontextmanager
 async def site(
-    folder: Path, upstream: OpenAIEmulator, *, blobs: Path | None = None, stores: str = "", tenant: str = ""
-) -> AsyncIterator[Site]:
+    folder: Path, upstream: OpenAIEmulator, *, blobs: Path | None = None, stores: str = "", tenant: str = "",
+    deployment: str = "",
+) -> AsyncIterator[Site]:  # fmt: skip
     """A replica that nobody works in; begun again in the same folder it is the same one."""
     await asyncio.to_thread(folder.mkdir, exist_ok=True)
-    where = {"folder": folder, "blobs": blobs or folder / "blobs", "stores": stores, "tenant": tenant}
+    where = {
+        "folder": folder,
+        "blobs": blobs or folder / "blobs",
+        "stores": stores,
+        "tenant": tenant,
+        "deployment": deployment,
+    }
     said = CONFIGURATION.format(upstream=upstream.base_url, model=MODEL, **where)
     await asyncio.to_thread((folder / "embedgate.toml").write_text, said)
     async with Runtime(load(folder / "embedgate.toml", {})) as runtime:

@@ -51,7 +51,10 @@ _COUNTED = (
 
 @dataclass
 class Part:
-    """A task as the model keeps it; `held` until somebody says otherwise, `leased` until its time is over."""
+    """A task as the model keeps it; `held` until somebody says otherwise, `leased` until its time is over.
+
+    While it is `resting` nobody holds it, and nobody may.
+    """
 
     kind: Kind
     lines: int = 0
@@ -60,12 +63,18 @@ class Part:
     fence: int = 0
     held: bool = False
     leased: bool = False
+    resting: bool = False
     over: bool = False
 
     @property
     def busy(self) -> bool:
-        """Whether nobody else may take it."""
+        """Whether somebody works on it."""
         return self.held and self.leased
+
+    @property
+    def free(self) -> bool:
+        """Whether it can be taken."""
+        return not (self.over or self.busy or self.resting)
 
 
 @dataclass
@@ -115,7 +124,7 @@ class Model:
         kind: Kind = {"validating": "read", "in_progress": "embed"}.get(self.status, "join")  # type: ignore[assignment]
         if self.paused or (kind == "join" and self.busy):
             return []
-        return [n for n, part in self.parts.items() if part.kind == kind and not part.over and not part.busy]
+        return [n for n, part in self.parts.items() if part.kind == kind and part.free]
 
     def held(self, task: Task) -> Part | None:
         """What a holder means, if it is heard."""
@@ -212,7 +221,8 @@ class JobsMachine(RuleBasedStateMachine):
         elif model.status != "cancelling":
             model.turn("cancelling", "cancelled")
             for part in model.parts.values():
-                part.held = part.held and part.kind != "join"
+                if part.kind == "join":
+                    part.held = part.resting = False
 
     # ── who works ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -317,14 +327,21 @@ class JobsMachine(RuleBasedStateMachine):
         assert (noted.note if noted is not None else None) == (note if model.held(task) else None)
 
     @precondition(lambda self: self.tasks)
-    @rule(back=st.integers(0, 5), pauses=st.booleans())
-    def let_go(self, back: int, pauses: bool) -> None:
-        """Of a task, and with it for a time of its job, or not."""
+    @rule(back=st.integers(0, 5), how=st.sampled_from(["gives back", "gives back", "pauses", "pauses", "rests"]))
+    def let_go(self, back: int, how: str) -> None:
+        """Of a task; with it for a time of its job, or nobody takes that task for a time."""
         task, model = self.task(back)
-        self.do(self.store.pause(task, "budget", for_s=FOR_S) if pauses else self.store.give_back(task))
+        match how:
+            case "pauses":
+                self.do(self.store.pause(task, "budget", for_s=FOR_S))
+            case "rests":
+                self.do(self.store.rest(task, for_s=FOR_S))
+            case _:
+                self.do(self.store.give_back(task))
         if (part := model.held(task)) is not None:
-            if pauses and model.status == "in_progress":
+            if how == "pauses" and model.status == "in_progress":
                 model.paused, model.pause_over = True, False
+            part.resting = how == "rests"
             model.give_back(part)
 
     @precondition(lambda self: self.handed_out("join"))
@@ -346,12 +363,12 @@ class JobsMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.tasks)
     @rule(back=st.integers(0, 5))
     def lease_runs_out(self, back: int) -> None:
-        """Nobody has said anything for long."""
+        """Nobody has said anything for long; and what rested has done so for long enough."""
         task, model = self.task(back)
         ours = (job_tasks.c.job == task.job.id) & (job_tasks.c.number == task.number)
         self.change(update(job_tasks).where(ours).values(held_until_ms=1))
         if (part := model.parts.get(task.number)) is not None:
-            part.leased = False
+            part.leased = part.resting = False
 
     @precondition(lambda self: self.models)
     @rule(at=st.integers(0, 9))
@@ -384,7 +401,7 @@ class JobsMachine(RuleBasedStateMachine):
                 pass
         self.change(update(job_tasks).values(held_until_ms=1))
         for part in (part for model in self.models.values() for part in model.parts.values()):
-            part.leased = False
+            part.leased = part.resting = False
         for _ in range(12):  # rounds that four jobs of two shards need, with room
             self.pauses_end()
             before = len(self.tasks)

@@ -247,7 +247,7 @@ async def test_keys_of_many_groups_fill_no_memory() -> None:
         await rig.ask("a", tenant=Tenant("t", cache_group="first"))
         for number in range(2000):
             await rig.ask("a", tenant=Tenant("t", cache_group=str(number)))
-        assert len(rig.gateway._keys._seeds) <= 1024
+        assert len(rig.gateway._shelf._keys._seeds) <= 1024
         assert (await rig.ask("a", tenant=Tenant("t", cache_group="first"))).cache_hits == 1
 
 

@@ -26,10 +26,15 @@ def without(name: str) -> bytes:
     return orjson.dumps(found)
 
 
+def unfit(model: str) -> LineError | None:
+    """Why a model cannot be had."""
+    return None if model in {MODEL, "large"} else LineError("model_not_found", "There is none.", "body.model")
+
+
 def checked(data: bytes, pieces: Sequence[int] = (), /, **bounds: int) -> Intake:
     """What came of a file that arrives in pieces of these sizes, then as a whole."""
     limits = {"max_lines": 50_000, "max_inputs": 50_000, "shard_lines": 3} | bounds
-    with Intake(serves=lambda model: model in {MODEL, "large"}, **limits) as intake:
+    with Intake(wrong=unfit, **limits) as intake:
         at = 0
         for size in (*pieces, len(data)):
             intake.feed(data[at : at + size])
@@ -128,7 +133,7 @@ def test_the_first_hundred_mistakes_are_told() -> None:
             yield b"{\n"
 
     assert len(checked(b"".join(broken())).errors) == MOST_ERRORS
-    with Intake(serves=lambda _: True, max_lines=10**6, max_inputs=10**6, shard_lines=10) as intake:
+    with Intake(wrong=lambda _: None, max_lines=10**6, max_inputs=10**6, shard_lines=10) as intake:
         assert not intake.feed(b"{\n" * 500)
 
 
@@ -140,7 +145,7 @@ def test_what_is_wrong_with_a_body_only_is_left_to_its_turn() -> None:
 
 def test_a_line_without_an_end_is_not_read_forever() -> None:
     """Thirty-two megabytes are enough."""
-    with Intake(serves=lambda _: True, max_lines=10, max_inputs=10, shard_lines=10) as intake:
+    with Intake(wrong=lambda _: None, max_lines=10, max_inputs=10, shard_lines=10) as intake:
         assert intake.feed(b'"' + b"x" * 2**20)
         assert not intake.feed(b"x" * 2**25)
         intake.finish()

@@ -200,6 +200,18 @@ def test_a_tenant_whom_no_outage_model_may_answer_is_warned_of(write: Any) -> No
     ]
 
 
+def test_a_tenant_whose_batches_no_vendor_takes_is_warned_of(write: Any) -> None:
+    """It would pay the ordinary price; at the vendor, or where a price is stated, it does not."""
+    tenant = '[tenants.t]\napi_key = "k"\nbulk_tier = "vendor_batch"\n'
+    (told,) = cautioned(write(SMALL + tenant))
+    assert told.startswith("tenants.t.bulk_tier: no deployment's vendor takes batches")
+    vendors = '[deployments.o]\ndialect = "openai"\napi_key = "sk"\nmodel = "text-embedding-3-small"\n{0}'
+    vendors += '[models.text-embedding-3-small]\ndeployments = ["o"]\n'
+    elsewhere = 'base_url = "https://proxy.example/v1"\n'
+    for more, warned in (("tier = '1'\n", 0), (elsewhere, 1), (elsewhere + "batch_usd_per_million_tokens = 1\n", 0)):
+        assert sum("bulk_tier" in line for line in cautioned(write(vendors.format(more) + tenant))) == warned
+
+
 # ── what the composition root makes of it ───────────────────────────────────────────────────────────────────────────
 
 

@@ -241,8 +241,10 @@ def test_a_tenant_without_limits_has_none(write: Any) -> None:
     """Each limit by itself is one; all of them are in the noun."""
     path = write(
         SMALL + '[tenants.a]\napi_key = "k"\n[tenants.b]\napi_key = "l"\ntokens_per_minute = 5\ncache_group = "g"\n'
+        'bulk_tier = "vendor_batch"\n'
     )
     tenants = {name: each.tenant(name) for name, each in load(path, {}).tenants.items()}
     assert tenants["a"].limits is None
     assert tenants["b"].limits == Limits(0, 5, 0)
     assert (tenants["a"].cache_group, tenants["b"].cache_group) == ("", "g")
+    assert (tenants["a"].bulk_tier, tenants["b"].bulk_tier) == ("online", "vendor_batch")

@@ -186,6 +186,11 @@ WRONG_VALUES = [
     ),
     ('[tenants.t]\napi_key = "k"\nbudget_usd_per_day = -1', "3", "tenants.t.budget_usd_per_day: must be at least 0"),
     (
+        '[tenants.t]\napi_key = "k"\nbulk_tier = "batch"',
+        "3",
+        "tenants.t.bulk_tier: unknown bulk_tier 'batch'; it may be online, vendor_batch",
+    ),
+    (
         '[tenants.t]\napi_key = "k"\nwebhook_url = "ftp://x"',
         "3",
         "tenants.t.webhook_url: must be a URL such as https://example.com/hook, without credentials",

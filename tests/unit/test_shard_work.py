@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -26,6 +26,8 @@ from tests.identity import identifying_vector
 from tests.rig import MODEL, WIDTH, Rig, ScriptedProvider, engine
 
 pytestmark = pytest.mark.looptime(start=1000.0)
+
+Embed = Callable[[EmbeddingRequest], Awaitable[EmbeddingResult]]
 
 ORDER = Order("batch_x", "anonymous", "", "", "file-x", 86_400, {})
 _WINDOW = Window(16, 64)
@@ -126,10 +128,12 @@ class Bench:
         self.committed_at.append(asyncio.get_running_loop().time())
         return self.task()
 
-    def work(self, *, window: Window = _WINDOW, attempts: int = 3, tenant: Tenant = ANONYMOUS) -> ShardWork:
+    def work(
+        self, *, window: Window = _WINDOW, attempts: int = 3, tenant: Tenant = ANONYMOUS, embed: Embed | None = None
+    ) -> ShardWork:  # fmt: skip
         """Somebody who does it."""
         return ShardWork(
-            self.task(), self.blobs, Words(tenant), self.rig.gateway.embed, self.commit,
+            self.task(), self.blobs, Words(tenant), embed or self.rig.gateway.embed, self.commit,
             window=window, attempts=attempts, rng=random.Random(5),
         )  # fmt: skip
 
@@ -236,11 +240,35 @@ async def test_a_provider_that_is_out_for_ten_minutes_fails_no_line() -> None:
     assert asked <= 400
 
 
+async def test_ten_minutes_without_a_provider_and_a_restart_in_between_lose_nothing() -> None:
+    """Whoever comes after four minutes knows nothing of them; what was committed before the outage stays so."""
+    provider = ScriptedProvider()
+    async with engine(provider) as before:
+        bench = Bench(before, [f"text {at}" for at in range(50)])
+        running = asyncio.create_task(bench.work().run())
+        while not bench.pieces:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        provider.always = Unreachable("refused")
+        await asyncio.sleep(240.0)
+        running.cancel()
+        await asyncio.wait([running])
+    done = sum(piece.lines for piece in bench.pieces)
+    async with engine(provider) as bench.rig:
+        running = asyncio.create_task(bench.work().run())
+        await asyncio.sleep(360.0)
+        assert not running.done()
+        assert sum(piece.lines for piece in bench.pieces) == done
+        provider.always = None
+        assert await running
+    bench.check()
+    assert 0 < done < 50
+
+
 async def test_a_line_that_fails_again_and_again_is_given_up() -> None:
     """After as many tries as it has, if another text is answered; where nothing is answered it never is."""
     async with engine(ScriptedProvider()) as rig:
         bench = Bench(rig, [f"text {at}" for at in range(200)])
-        work, tried = bench.work(attempts=3), 0
+        tried = 0
 
         async def embed(request: EmbeddingRequest) -> EmbeddingResult:
             nonlocal tried
@@ -250,8 +278,7 @@ async def test_a_line_that_fails_again_and_again_is_given_up() -> None:
                 raise UpstreamFailed
             return await rig.gateway.embed(request)
 
-        work._embed = embed
-        running = asyncio.create_task(work.run())
+        running = asyncio.create_task(bench.work(attempts=3, embed=embed).run())
         await asyncio.wait((running,), timeout=60.0)
         assert running.result()
         bench.check({3: "UpstreamFailed"})
@@ -281,10 +308,8 @@ async def test_a_budget_that_is_gone_pauses_and_fails_nothing() -> None:
             left -= 1
             return await rig.gateway.embed(request)
 
-        work = bench.work()
-        work._embed = embed
         with pytest.raises(Paused):
-            await work.run()
+            await bench.work(embed=embed).run()
         assert sum(piece.lines for piece in bench.pieces) == 10
         assert await bench.work().run()
         bench.check()
@@ -301,9 +326,8 @@ async def test_a_tenant_over_its_limits_only_waits() -> None:
                 raise refusals.popleft()
             return await rig.gateway.embed(request)
 
-        work, began = bench.work(), asyncio.get_running_loop().time()
-        work._embed = embed
-        assert await work.run()
+        began = asyncio.get_running_loop().time()
+        assert await bench.work(embed=embed).run()
         assert 20.0 <= asyncio.get_running_loop().time() - began <= 25.0
         bench.check()
 

@@ -7,7 +7,7 @@ import msgspec
 from sqlalchemy import ColumnElement, Executable, Row, Select, Table, func, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.domain import Allowance
+from app.domain import Allowance, Tier
 from app.storage.sql.database import Database, DatabaseDown
 from app.storage.sql.tables import api_keys, counters, insert, now_ms, projects, tenants
 
@@ -30,6 +30,7 @@ class TenantRecord(msgspec.Struct, frozen=True, gc=False):
     allowance: Allowance
     cache_group: str
     webhook_url: str
+    bulk_tier: Tier
     created_at_ms: int | None
     deleted_at_ms: int | None = None
 
@@ -313,7 +314,8 @@ def _allowance(row: Row[Any]) -> Allowance:
 def _tenant(row: Row[Any]) -> TenantRecord:
     return TenantRecord(
         row.name, row.weight, row.priority, _names(row.models), row.requests_per_minute, row.tokens_per_minute,
-        row.max_in_flight, _allowance(row), row.cache_group, row.webhook_url, row.created_at_ms, row.deleted_at_ms,
+        row.max_in_flight, _allowance(row), row.cache_group, row.webhook_url, row.bulk_tier, row.created_at_ms,
+        row.deleted_at_ms,
     )  # fmt: skip
 
 

@@ -20,8 +20,9 @@ WANTED: Final[dict[Kind, tuple[Status, ...]]] = {
 """In which status of its job somebody should work on a task."""
 
 IS_HELD: Final = has_owner & (job_tasks.c.held_until_ms > now_ms)
+IS_FREE: Final = job_tasks.c.held_until_ms <= now_ms
+"""What rests has no owner, and is not free either."""
 NO_PAUSE: Final = {"pause": "", "paused_until_ms": None}
-_FREED: Final = {"owner": "", "held_until_ms": 0}
 
 HELD: Final = (
     select(func.count()).select_from(job_tasks).where(job_tasks.c.job == jobs.c.id, IS_HELD).scalar_subquery()
@@ -55,9 +56,10 @@ async def lock_mine(connection: AsyncConnection, task: Task) -> Row[Any] | None:
     return None if (await connection.execute(held)).first() is None else job
 
 
-async def release(connection: AsyncConnection, tasks: ColumnElement[bool]) -> bool:
-    """Whoever held them is not heard any more; whether there were any."""
-    return bool((await connection.execute(update(job_tasks).where(tasks).values(_FREED))).rowcount)
+async def release(connection: AsyncConnection, tasks: ColumnElement[bool], *, until_ms: int = 0) -> bool:
+    """Whoever held them is not heard any more, and nobody takes them before then; whether there were any."""
+    freed = {"owner": "", "held_until_ms": until_ms}
+    return bool((await connection.execute(update(job_tasks).where(tasks).values(freed))).rowcount)
 
 
 async def turn(connection: AsyncConnection, job_id: str, status: Status, **more: Any) -> Row[Any]:

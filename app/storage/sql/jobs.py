@@ -71,6 +71,10 @@ class SqlJobs(SqlFiles):
         """See `JobStore`."""
         await self.database.write(partial(work.give_back, task=task), within_s=WITHIN_S)
 
+    async def rest(self, task: Task, *, for_s: float) -> None:
+        """See `JobStore`."""
+        await self.database.write(partial(work.rest, task=task, for_s=for_s), within_s=WITHIN_S)
+
     async def accept(self, task: Task, *, model: str, total: int, shards: Sequence[Shard]) -> bool:
         """See `JobStore`."""
         use = partial(work.accept, task=task, model=model, total=total, shards=shards)

@@ -92,6 +92,7 @@ tenants = Table(
     Column("created_at_ms", BigInteger, nullable=False),
     Column("deleted_at_ms", BigInteger),
     Column("version", BigInteger, nullable=False),
+    Column("bulk_tier", Text, nullable=False, server_default="online"),
     Index("tenants_by_version", "version"),
 )
 """Tenants made at run time; `models` are separated by line feeds, an allowance that is NULL has no bound."""

@@ -13,7 +13,7 @@ from app.storage.sql.files import clock, keep
 from app.storage.sql.job_rows import SUMMED, errors_column, job_of, new_piece, new_task, task_of
 from app.storage.sql.job_states import (
     HELD,
-    IS_HELD,
+    IS_FREE,
     WANTED,
     is_due,
     is_left,
@@ -31,7 +31,7 @@ from app.storage.sql.tables import job_pieces, job_tasks, jobs, left_to_do, stil
 _wanted_kind = case({one: kind for kind, statuses in WANTED.items() for one in statuses}, value=jobs.c.status)
 _free = (
     select(job_tasks.c.job)
-    .where(job_tasks.c.job == jobs.c.id, left_to_do, job_tasks.c.kind == _wanted_kind, ~IS_HELD)
+    .where(job_tasks.c.job == jobs.c.id, left_to_do, job_tasks.c.kind == _wanted_kind, IS_FREE)
     .exists()
 )
 _OPEN: Final = select(jobs, HELD, _free.label("free")).where(still_open)
@@ -89,7 +89,7 @@ def _may_be_taken(job: Row[Any]) -> bool:
 
 async def _take_one(connection: AsyncConnection, job: Row[Any], owner: str, until_ms: int) -> Row[Any] | None:
     kind = next(kind for kind, statuses in WANTED.items() if job.status in statuses)
-    free = (job_tasks.c.job == job.id) & (job_tasks.c.kind == kind) & left_to_do & ~IS_HELD
+    free = (job_tasks.c.job == job.id) & (job_tasks.c.kind == kind) & left_to_do & IS_FREE
     first = select(job_tasks.c.number).where(free).order_by(job_tasks.c.number).limit(1)
     number = first.with_for_update(skip_locked=True).scalar_subquery()
     leased = {"fence": job_tasks.c.fence + 1, "owner": owner, "held_until_ms": until_ms}
@@ -120,6 +120,13 @@ async def renew(connection: AsyncConnection, tasks: Sequence[Task], for_s: float
 async def give_back(connection: AsyncConnection, task: Task) -> None:
     """See `JobStore`."""
     if await release(connection, mine(task)):
+        await move_on(connection, task.job.id)
+
+
+async def rest(connection: AsyncConnection, task: Task, for_s: float) -> None:
+    """See `JobStore`."""
+    until_ms = await clock(connection) + int(1000 * for_s)
+    if await release(connection, mine(task), until_ms=until_ms):
         await move_on(connection, task.job.id)
 
 
