@@ -136,6 +136,10 @@ class Gateway:
         self._parts.telemetry.answer_degraded(model=request.model, by=instead.model)
         return msgspec.structs.replace(result, model=instead.model)
 
+    def plan(self, request: EmbeddingRequest) -> Plan:
+        """Who would serve it, in which Space, and how wide. Raises what is wrong with it, but for its texts."""
+        return self._intake.plan(request)
+
     async def missing(self, request: EmbeddingRequest) -> tuple[Space, Mapping[bytes, Sized]]:
         """What `embed` would have to buy, by key, and in which Space. Raises what is wrong with the request itself.
 
@@ -154,11 +158,12 @@ class Gateway:
     async def _embed(self, request: EmbeddingRequest, bought: Mapping[bytes, Vector]) -> EmbeddingResult:
         plan, keys, texts, found = await self._look(request, bought)
         if None in found:
-            return await self._buy(plan, keys, await self._need(plan, keys, texts, found, bought))
+            return await self._buy(plan, keys, await self._need(plan, keys, texts, found, bought), bought)
         hits = [vector for vector in found if vector is not None]
         self._intake.check_total(plan, sum(vector.tokens for vector in hits))
         answered = result_of(plan, hits, cache_hits=len(hits))
-        self._tell_spared(plan, len(hits), 0, answered.tokens)
+        paid = [bought[key].tokens for key in keys if key in bought] if bought else ()
+        self._tell_spared(plan, len(hits) - len(paid), 0, answered.tokens - sum(paid))
         return answered
 
     async def _look(
@@ -204,7 +209,9 @@ class Gateway:
             have |= {key: bought[key] for key in need.parts if key in bought}
         return need
 
-    async def _buy(self, plan: Plan, keys: Sequence[bytes], need: Need) -> EmbeddingResult:
+    async def _buy(
+        self, plan: Plan, keys: Sequence[bytes], need: Need, elsewhere: Mapping[bytes, Vector]
+    ) -> EmbeddingResult:  # fmt: skip
         """Gets what is needed.
 
         Until the table of texts in flight holds every missing one nothing is awaited, so that no text is bought twice
@@ -221,13 +228,15 @@ class Gateway:
         joined = len(keys) - need.hits - len({parts[key].of for key in new})
         bought = [answers[key] for key in new]
         answered = result_of(plan, merged, cache_hits=need.hits, joined=joined, answers=answers.values(), bought=bought)
-        if need.hits or joined:
-            spared_tokens = answered.tokens - sum(answer.tokens for answer in bought)
-            self._tell_spared(plan, need.hits, joined, max(0, spared_tokens))
+        paid = [elsewhere[key].tokens for key in keys if key in elsewhere] if elsewhere else ()
+        spared_tokens = answered.tokens - sum(answer.tokens for answer in bought) - sum(paid)
+        self._tell_spared(plan, max(0, need.hits - len(paid)), joined, max(0, spared_tokens))
         return answered
 
     def _tell_spared(self, plan: Plan, hits: int, joined: int, tokens: int) -> None:
         """What the caller got without a purchase of its own, at the price of whoever serves first."""
+        if not (hits or joined):
+            return
         price = plan.route.deployments[0].price
         nano_usd = None if price is None else money.cost_nano_usd(tokens, price)
         tenant, model = plan.request.tenant.name, plan.route.model

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from app.domain import ANONYMOUS, Attempts, Deployment, EmbeddingRequest, Limits, Priority, Space, Tenant
+from app.domain import ANONYMOUS, Attempts, Deployment, EmbeddingRequest, Limits, Priority, Space, Tenant, Vector
 from app.engine.workqueue import QueueBound
 from app.errors import (
     BadCredential,
@@ -27,7 +27,8 @@ from app.errors import (
     UpstreamFailed,
 )
 from app.storage.memory import MemoryCache
-from tests.rig import MODEL, WIDTH, Rig, ScriptedProvider, bend, engine
+from tests.identity import identifying_vector
+from tests.rig import MODEL, WIDTH, Notebook, Rig, ScriptedProvider, bend, engine
 
 pytestmark = pytest.mark.looptime
 DOWN = Transient("status 500")
@@ -158,6 +159,24 @@ async def test_repeated_texts_of_one_request_are_bought_once() -> None:
         result = await rig.ask("a", "b", "a", "a")
         assert sorted(map(str, rig.provider.texts)) == ["a", "b"]
         assert (result.cache_hits, result.joined, result.tokens) == (0, 2, 4)
+
+
+async def test_what_was_bought_elsewhere_is_as_good_as_kept_and_is_no_saving() -> None:
+    """By the keys that were told for it; only what nobody had is bought, and what was paid for was not spared."""
+    notebook = Notebook()
+    async with engine(ScriptedProvider(), ledger=notebook) as rig:
+        request = EmbeddingRequest(ANONYMOUS, MODEL, ("a b", "c"), now() + 30.0)
+        _, missing = await rig.gateway.missing(request)
+        made = {key: Vector(identifying_vector(str(each.payload), MODEL, WIDTH).tobytes(), each.tokens)
+                for key, each in missing.items()}  # fmt: skip
+        first = next(iter(made))
+        result = await rig.gateway.embed(request, {first: made[first]})
+        assert (result.vectors, rig.provider.texts) == ([each.data for each in made.values()], ["c"])
+        await rig.gateway.embed(request, made)
+        assert (notebook.hits, notebook.joined, notebook.tokens) == (0, 0, 0)
+        assert rig.provider.texts == ["c"]
+        await rig.ask("c", "a b")
+        assert rig.provider.texts == ["c", "a b"]
 
 
 async def test_a_list_with_some_hits_buys_only_the_misses() -> None:
