@@ -144,7 +144,8 @@ class EmbeddingResult(msgspec.Struct, frozen=True, eq=False):
     counts texts that were already in flight or repeated in the request. `deployments` are those that answered, in
     order of first use; `queue_s` is the longest wait of a text before its call left; `batch_items` the size of the
     largest batch that carried one; `calls` what of all calls was for this request, `cost_nano_usd` about what they
-    cost, None where that is not known. `model` names who answered when that was not the model asked for.
+    cost, None where that is not known; `retries` how often a text was tried again, at most. `model` names who answered
+    when that was not the model asked for.
     """
 
     vectors: list[bytes]
@@ -157,6 +158,7 @@ class EmbeddingResult(msgspec.Struct, frozen=True, eq=False):
     batch_items: int = 0
     calls: float = 0.0
     cost_nano_usd: int | None = 0
+    retries: int = 0
     model: str | None = None
 
 

@@ -215,7 +215,8 @@ class Batcher:
             self._remove(item)
             if not item.future.done():
                 wait_s = item.left_at - item.queued_at
-                item.future.set_result(Answer(vector.data, vector.tokens, landed.deployment, size, wait_s))
+                brought = Answer(vector.data, vector.tokens, landed.deployment, size, wait_s, item.attempts)
+                item.future.set_result(brought)
 
     def _retry(self, returned: Returned) -> None:
         for item, error in returned.failed.items():

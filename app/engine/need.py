@@ -67,6 +67,7 @@ def result_of(
         batch_items=max(answer.batch_items for answer in answers),
         calls=sum(1 / answer.batch_items for answer in bought),
         cost_nano_usd=_cost(plan.route, bought),
+        retries=max(answer.retries for answer in answers),
     )  # fmt: skip
 
 

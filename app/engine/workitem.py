@@ -11,13 +11,14 @@ from app.domain import EmbeddingRequest, Priority, Text
 
 
 class Answer(msgspec.Struct, frozen=True, eq=False):
-    """What a text's future brings: its vector, and how it was come by."""
+    """What a text's future brings: its vector, and how it was come by; after so many `retries`."""
 
     data: bytes
     tokens: int
     deployment: str
     batch_items: int
     queue_s: float
+    retries: int = 0
 
 
 @dataclass(slots=True, eq=False)

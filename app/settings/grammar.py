@@ -128,6 +128,24 @@ class BulkSettings(Section):
     min_request_tokens: int = Field(default=1000, ge=1, le=1_000_000)
 
 
+class EmbedSettings(Section):
+    """`[embed]`: how `embedgate embed` asks, unless its options say otherwise; 0: as the deployments have it.
+
+    Calls have at most `batch` texts, `pool` of them at once. Of `tokens_per_minute` the part `safety_buffer` is left
+    free.
+    """
+
+    batch: int = Field(default=0, ge=0, le=2048)
+    pool: int = Field(default=0, ge=0, le=1024)
+    attempts: int = Field(default=3, ge=1, le=10)
+    backoff_base_s: Seconds = 4.0
+    backoff_cap_s: Seconds = 16.0
+    tokens_per_minute: PerMinute = 0
+    safety_buffer: float = Field(default=0.0, ge=0, le=0.9)
+    min_request_tokens: int = Field(default=1000, ge=1, le=1_000_000)
+    give_up_after_s: Seconds = 3600.0
+
+
 class ModelSettings(Section):
     """`[models.X]`: what is not set here is known from the catalog or the local model's files, see `ModelFacts`."""
 
@@ -245,6 +263,7 @@ class Settings(Section):
     stores: StoresSettings = StoresSettings()
     ledger: LedgerSettings = LedgerSettings()
     bulk: BulkSettings = BulkSettings()
+    embed: EmbedSettings = EmbedSettings()
     deployments: Annotated[dict[Name, DeploymentSettings], Field(min_length=1)]
     models: Annotated[dict[Name, ModelSettings], Field(min_length=1)]
     tenants: dict[Name, TenantSettings] = {}  # noqa: RUF012 — pydantic copies it
@@ -290,6 +309,7 @@ FIELDS: Final[Mapping[str, Mapping[str, FieldInfo]]] = MappingProxyType(
         "stores": StoresSettings.model_fields,
         "ledger": LedgerSettings.model_fields,
         "bulk": BulkSettings.model_fields,
+        "embed": EmbedSettings.model_fields,
         "deployments": RemoteDeployment.model_fields | LocalDeployment.model_fields,
         "models": ModelSettings.model_fields,
         "tenants": TenantSettings.model_fields,

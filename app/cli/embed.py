@@ -1,0 +1,275 @@
+"""Hides the command that turns a dataset into vectors: its options, what is shown meanwhile, and what it came to."""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import typer
+
+from app import money
+from app.cli.running import Config, run, span_s, with_examples
+from app.errors import ConfigurationError
+from app.settings import Settings, find, json_lines, load, table
+
+if TYPE_CHECKING:
+    from app.corpus.rows import Source
+    from app.corpus.run import Outcome, Wish
+    from app.corpus.trail import Checkpoint
+    from app.embed_desk import Asking, Desk
+
+_EMBED = """
+Turn a dataset into vectors: CSV, TSV, JSONL, Parquet, Arrow, lines or files of text, in this order into an array or a
+table, with your own model or one of a running embedgate (--server):
+
+    embedgate embed train.csv --text description --out train.npy
+    embedgate embed 'data/*.jsonl' --text '{title}\\n{body}' --id url --model text-embedding-3-small --out data.parquet
+    cat questions.txt | embedgate embed - --format lines --out questions.npy --input-type query
+
+Look first what it costs with every model that is configured, before a cent is spent:
+
+    embedgate embed train.csv --text description --dry-run
+
+Whatever stops it, the same command goes on where it stopped: what is done is safe every second, in OUT.progress. An
+output that is there and fits is left as it is, and nothing is called; if the input has changed, --force does it again
+and buys only texts that are new:
+
+    embedgate embed train.csv --text description --out train.npy --force
+
+Rows that fail are listed in OUT.failed.jsonl and are NaN in an array, or left out with --failed omit; buy those again:
+
+    embedgate embed train.csv --text description --out train.npy --retry-failed
+
+What it was made of stands in OUT.meta.json. Exit code 3: some rows have no vector, 4: it gave up for now and can go on,
+2: something is wrong with what was given.
+"""
+
+HELP = with_examples(_EMBED)
+_LINE_ROWS = 1000
+_BATCH_ROWS, _LEAST_ROWS_AT_ONCE, _MOST_ROWS_AT_ONCE = 100, 256, 8192
+_VECTORS_BYTES = 48 * 2**20  # of rows under way, about
+
+
+def embed(  # noqa: PLR0913 — a command has its options
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help='Files and globs; "-": the standard input.')],
+    out: Annotated[str, typer.Option(metavar="OUT", help=".npy, .parquet, .arrow or .jsonl")] = "",
+    text: Annotated[str, typer.Option(metavar="EXPR", help='A column, or a template: "{title}\\n{body}".')] = "text",
+    id_column: Annotated[
+        str, typer.Option("--id", metavar="COLUMN", help="Rows' names; default: id, or their number.")
+    ] = "",
+    form: Annotated[
+        str, typer.Option("--format", help="csv, tsv, jsonl, parquet, arrow, lines, files; default: by the suffix.")
+    ] = "",
+    model: Annotated[str, typer.Option(help="One that is configured; default: the first.")] = "",
+    dimensions: Annotated[int, typer.Option(min=0, help="Of the vectors; 0: the model's own.")] = 0,
+    input_type: Annotated[
+        Literal["query", "document"] | None, typer.Option(help="For models that tell them apart.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Only so many rows; 0: all. The first, or random ones.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="With --limit: random rows, the same for the same seed.")] = None,
+    failed: Annotated[Literal["nan", "omit"], typer.Option(help="What becomes of rows without a vector.")] = "nan",
+    force: Annotated[bool, typer.Option("--force", help="Do again what is there and is of something else.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try rows again that have no vector.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost.")] = False,
+    give_up_after: Annotated[str, typer.Option(metavar="AGE", help="Without a row done: 30m, 1h.")] = "",
+    batch: Annotated[int, typer.Option(min=0, help="Texts in a call at most; default: [embed] batch.")] = 0,
+    pool: Annotated[int, typer.Option(min=0, help="Calls at once at most; default: [embed] pool.")] = 0,
+    tokens_per_minute: Annotated[int, typer.Option(min=0, help="Used at most; default: the deployment's.")] = 0,
+    safety_buffer: Annotated[
+        float | None, typer.Option(min=0, max=0.9, help="The part of it that is left free: 0.1.")
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="For OUT.meta.json; default: the input's name.")] = "",
+    split: Annotated[str, typer.Option(help="For OUT.meta.json: train, test, …")] = "",
+    config: Config = None,
+    server: Annotated[
+        str, typer.Option(metavar="URL", help="Ask a running embedgate, with your $EMBEDGATE_API_KEY.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="The report as a JSON object.")] = False,
+) -> None:
+    """See `_EMBED`."""
+    from app.corpus.rows import DataError
+    from app.corpus.stream import GaveUp
+    from app.embed_desk import Asking
+
+    options = {
+        "batch": batch or None, "pool": pool or None, "tokens_per_minute": tokens_per_minute or None,
+        "safety_buffer": safety_buffer,
+        "give_up_after_s": span_s(give_up_after, "--give-up-after") if give_up_after else None,
+    }  # fmt: skip
+    settings = load(find(config, os.environ), os.environ)
+    paced = settings.embed.model_copy(update={name: value for name, value in options.items() if value is not None})
+    settings = settings.model_copy(update={"embed": paced})
+    try:
+        source = _opened(inputs, text=text, id=id_column or None, form=form or None, limit=limit or None, seed=seed)
+        if dry_run:
+            rows = _estimates(settings, source)
+            print(json_lines(rows) if as_json else table(rows))
+            return
+        if not out:
+            raise DataError("--out: where to? FILE.npy, FILE.parquet, FILE.arrow or FILE.jsonl")
+        facts = {"dataset": dataset or source.name, "split": split or None, "text": text, "id": id_column or None}
+        given = _Given(
+            out, Asking(model, dimensions, input_type), facts, server, failed == "omit", force, retry_failed, as_json
+        )
+        outcome = run(lambda: _embedded(source, settings, given))
+    except DataError as error:
+        raise ConfigurationError(str(error)) from error
+    except GaveUp as gave_up:
+        _tell_how_to_go_on(str(gave_up))
+        raise typer.Exit(4) from gave_up
+    except typer.Exit as left:  # Ctrl-C
+        _tell_how_to_go_on("stopped")
+        raise typer.Exit(130) from left
+    print(_report(outcome, out, as_json=as_json))
+    raise typer.Exit(3 if outcome.spent.failed else 0)
+
+
+def _tell_how_to_go_on(why: str) -> None:
+    print(f"embedgate: {why}; go on with: {shlex.join(['embedgate', *sys.argv[1:]])}", file=sys.stderr)
+
+
+class _Given(NamedTuple):
+    """What was asked for, once it was understood."""
+
+    out: str
+    asking: "Asking"
+    facts: dict[str, Any]
+    server: str
+    omits: bool
+    force: bool
+    retry_failed: bool
+    quiet: bool
+
+
+def _opened(inputs: Sequence[str], **how: Any) -> "Source":
+    from app.corpus.sources import open_source
+
+    return open_source(inputs, **how)
+
+
+# ── the run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _embedded(source: "Source", settings: Settings, given: "_Given") -> "Outcome":
+    from app.corpus.run import run as run_dataset
+    from app.embed_desk import desk
+
+    async with desk(settings, given.asking, server=given.server, api_key=os.environ.get("EMBEDGATE_API_KEY", "")) as at:
+        with _Watch(source, quiet=given.quiet) as watch:
+            return await run_dataset(_wish(at, source, given), at.runtime.gateway, at.asking.request, watch.told)
+
+
+def _wish(at: "Desk", source: "Source", given: "_Given") -> "Wish":
+    """What is to be done: as many rows at once as fill the deployments, within some memory."""
+    from app.corpus.run import Wish
+    from app.corpus.stream import Manner
+
+    route, width = at.plan.route, at.plan.space.dimensions
+    limits = [at.runtime.settings.deployments[each.name].limits() for each in route.deployments]
+    texts = sum(2 * each.max_in_flight * each.max_batch_items for each in limits)
+    most = min(_MOST_ROWS_AT_ONCE, max(_LEAST_ROWS_AT_ONCE, _VECTORS_BYTES // (4 * width)))
+    manner = Manner(
+        batch_rows=min(_BATCH_ROWS, *(each.max_batch_items for each in limits)),
+        rows_at_once=min(most, max(_LEAST_ROWS_AT_ONCE, texts)),
+        give_up_after_s=at.runtime.settings.embed.give_up_after_s,
+        omits=given.omits,
+    )
+    return Wish(
+        source, given.out, at.asking.model, at.plan.space, at.dimensions, manner, given.facts,
+        anew=given.force, failed_only=given.retry_failed,
+    )  # fmt: skip
+
+
+class _Watch:
+    """Shows how far a run is: a bar on a terminal, elsewhere a line every thousand rows."""
+
+    def __init__(self, source: "Source", *, quiet: bool) -> None:
+        self._source, self._quiet = source, quiet
+        self._said_rows = 0
+
+    def __enter__(self) -> "_Watch":
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._plain = not console.is_terminal
+        self._bar = Progress(
+            TextColumn(self._source.name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"),
+            TimeRemainingColumn(), console=console, disable=self._quiet or self._plain, transient=True,
+        )  # fmt: skip
+        self._bar.start()
+        self._shown = self._bar.add_task("", total=self._source.rows, told="")
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.stop()
+
+    def told(self, checkpoint: "Checkpoint") -> None:
+        """So much is safe."""
+        spent, rows = checkpoint.spent, checkpoint.rows
+        speed = rows / max(checkpoint.seconds, 1e-3)
+        cost = "" if spent.nano_usd is None else f", ${spent.nano_usd / money.NANO_USD:.4f}"
+        failed = f", {spent.failed} failed" if spent.failed else ""
+        told = f"{speed:.0f} rows/s, {spent.tokens} tokens{cost}{failed}"
+        self._bar.update(self._shown, completed=rows, told=told)
+        if self._plain and not self._quiet and rows // _LINE_ROWS > self._said_rows // _LINE_ROWS:
+            self._said_rows = rows
+            print(f"{rows}/{self._source.rows} rows, {told}", file=sys.stderr, flush=True)
+
+
+def _report(outcome: "Outcome", out: str, *, as_json: bool) -> str:
+    """The last word on a run."""
+    spent, seconds = outcome.spent, outcome.seconds
+    cost = None if spent.nano_usd is None else spent.nano_usd / money.NANO_USD
+    if as_json:
+        return json.dumps(
+            {
+                "out": out, "rows": outcome.rows, "failed": spent.failed, "kept": spent.kept, "cached": spent.cached,
+                "calls": round(spent.calls, 3), "tokens": spent.tokens, "cost_usd": cost, "seconds": round(seconds, 3),
+                "was_there": outcome.was_there,
+            }
+        )  # fmt: skip
+    if outcome.was_there:
+        return (
+            f"{out} is there and fits: {outcome.rows} rows, {spent.failed} of them without a vector; nothing was called"
+        )
+    calls = round(spent.calls)
+    lines = [
+        f"{out}  done",
+        f"rows      {outcome.rows}: {outcome.rows - spent.failed} ok, {spent.failed} failed, {spent.kept} kept",
+        f"texts     {outcome.rows - spent.kept}, {spent.cached} of them cached, in {calls} calls",
+        f"tokens    {spent.tokens}",
+        f"cost      {'not known' if cost is None else f'{cost:.4f} USD'}",
+        f"time      {seconds:.1f} s" + (f", {seconds / calls:.3f} s a call" if calls else ""),
+    ]
+    if spent.failed:
+        lines.append(f"failed    {outcome.trail.failed_file}; --retry-failed buys those again")
+    return "\n".join(lines)
+
+
+# ── what it would cost ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _estimates(settings: Settings, source: "Source") -> list[dict[str, Any]]:
+    """A row for each model that is configured: tokens, dollars at both prices, minutes at its quota."""
+    from app.serving import Menu
+
+    rows = []
+    for name, served in Menu(settings).models.items():
+        tokens = sum(served.counter.count(row.text) for row in source.read())
+        first = settings.deployments[served.route.deployments[0].name]
+        quota = served.route.deployments[0].limits.tokens_per_minute
+        rows.append(
+            {
+                "model": name, "rows": source.rows, "tokens": tokens, "exact": served.counter.exact,
+                "usd": _dollars(tokens, first.price), "batch_usd": _dollars(tokens, first.batch_price),
+                "minutes": round(tokens / quota, 1) if quota else "",
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _dollars(tokens: int, price: int | None) -> str:
+    return "" if price is None else f"{money.cost_nano_usd(tokens, price) / money.NANO_USD:.4f}"

@@ -1,0 +1,1 @@
+"""Datasets in, vectors out: readers, the stream through the engine, sinks."""

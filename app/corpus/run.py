@@ -1,0 +1,200 @@
+"""Hides what a run over a dataset finds and leaves: an output that fits or does not, half of one, and the facts."""
+
+import asyncio
+import platform
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from app import __version__, money
+from app.corpus.rows import DataError, Lost, Shape, Sink, Source
+from app.corpus.sinks import open_sink
+from app.corpus.stream import Earlier, Engine, Manner, Stream
+from app.corpus.trail import Checkpoint, Spent, Trail
+from app.domain import EmbeddingRequest, Space
+
+
+class Subject(msgspec.Struct, frozen=True):
+    """What decides what an output holds; `failed` is what becomes of rows without a vector: `nan` or `omit`."""
+
+    source: str
+    rows: int
+    model: str
+    space: str
+    dimensions: int
+    failed: str
+
+    def differs(self, other: Mapping[str, Any]) -> str:
+        """What is not the same in `other`, for people; "" where all is."""
+        told = [
+            f"{name} was {before}, now it is {now}" if name != "source" else "the input has changed"
+            for name, now in msgspec.structs.asdict(self).items()
+            if (before := other.get(name)) != now
+        ]
+        return "; ".join(told)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A dataset and what is to become of it: vectors of a model, `dimensions` wide, at `out`.
+
+    `facts` stand in the sidecar as they are. `anew`: an output that is of something else is done again; `failed_only`:
+    rows of a finished output that have no vector are tried once more.
+    """
+
+    source: Source
+    out: str
+    model: str
+    space: Space
+    dimensions: int
+    manner: Manner
+    facts: Mapping[str, Any]
+    anew: bool = False
+    failed_only: bool = False
+
+    @property
+    def subject(self) -> Subject:
+        """What its output is recognised by."""
+        failed = "omit" if self.manner.omits else "nan"
+        return Subject(self.source.fingerprint, self.source.rows, self.model, self.space.id, self.dimensions, failed)
+
+
+class Outcome(NamedTuple):
+    """What came of it; `was_there`: nothing had to be done."""
+
+    rows: int
+    spent: Spent
+    seconds: float
+    was_there: bool
+    trail: Trail
+
+
+async def run(
+    wish: Wish, engine: Engine, ask: Callable[[Sequence[str]], EmbeddingRequest], told: Callable[[Checkpoint], None]
+) -> Outcome:
+    """Does what has to be done, from where an earlier run stopped; `told` hears how far it is.
+
+    Raises DataError for what is there and does not fit, GaveUp once it does not go on.
+    """
+    trail, subject = Trail(wish.out), wish.subject
+    found = await asyncio.to_thread(_found, wish, trail, subject)
+    if isinstance(found, Outcome):
+        return found
+    checkpoint, earlier = found
+    sink = await asyncio.to_thread(open_sink, wish.out)
+    try:
+        checkpoint = await asyncio.to_thread(_open, wish, sink, trail, checkpoint)
+        stream = Stream(
+            wish.source, sink, trail, engine, wish.manner, ask=ask, dimensions=wish.dimensions, checkpoint=checkpoint,
+            told=told, earlier=earlier, rng=random.Random(),  # noqa: S311 — jitter
+        )  # fmt: skip
+        done = await stream.run()
+        await asyncio.to_thread(_finish, wish, sink, trail, done)
+    finally:
+        sink.close()
+        trail.close()
+        if earlier is not None:
+            earlier.sink.close()
+    return Outcome(done.rows, done.spent, done.seconds, was_there=False, trail=trail)
+
+
+def _found(wish: Wish, trail: Trail, subject: Subject) -> Outcome | tuple[Checkpoint, Earlier | None]:
+    """What there is: an output that fits, or where to begin and what may be taken from before."""
+    checkpoint = _begun(wish, trail, subject)
+    meta = trail.meta() if Path(wish.out).exists() else None
+    if checkpoint is None and Path(wish.out).exists():
+        differs = _differs(wish, trail, subject, meta)
+        if meta is not None and not differs and not (wish.failed_only and meta.get("failed")):
+            return _there(meta, trail)
+        if differs and not wish.anew:
+            text = f"{differs}. --force does it again, and buys only texts that are new"
+            raise DataError(f"{wish.out} is there, and is of something else: {text}")
+    return checkpoint or _beginning(subject), _earlier(wish, trail, meta)
+
+
+def _begun(wish: Wish, trail: Trail, subject: Subject) -> Checkpoint | None:
+    """Where an earlier run stopped; None: nowhere, or that shall be forgotten."""
+    try:
+        checkpoint = trail.checkpoint()
+        if checkpoint is not None and (differs := subject.differs(checkpoint.subject)):
+            text = f"{differs}. Give what was given then, or begin again with --force"
+            raise Lost(f"{wish.out} was begun and not ended, of something else: {text}")
+    except Lost:
+        if not wish.anew:
+            raise
+        trail.forget()
+        return None
+    return checkpoint
+
+
+def _differs(wish: Wish, trail: Trail, subject: Subject, meta: Mapping[str, Any] | None) -> str:
+    """Why the output that is there is not what is wished, for people; "" where it is."""
+    if meta is None:
+        return f"{trail.meta_file} does not say of what"
+    if differs := subject.differs(meta.get("subject", {})):
+        return differs
+    rows = meta.get("rows", 0)
+    whole = open_sink(wish.out).vectors(max(0, rows - 1), min(1, rows)) is not None
+    return "" if whole else f"it does not hold the {rows} rows that {trail.meta_file} tells of"
+
+
+def _beginning(subject: Subject) -> Checkpoint:
+    return Checkpoint(msgspec.structs.asdict(subject), datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def _open(wish: Wish, sink: Sink, trail: Trail, checkpoint: Checkpoint) -> Checkpoint:
+    """Both are where the checkpoint says; if that cannot be and may be forgotten, at the beginning, as is told."""
+    try:
+        sink.open(Shape(wish.source.rows, wish.dimensions, wish.source.columns), checkpoint.sink)
+        trail.open(checkpoint)
+    except Lost:
+        if not wish.anew:
+            raise
+        trail.forget()
+        return _open(wish, sink, trail, _beginning(wish.subject))
+    return checkpoint
+
+
+def _there(meta: Mapping[str, Any], trail: Trail) -> Outcome:
+    spent = Spent(meta.get("rows", 0), meta.get("failed", 0), kept=meta.get("rows", 0))
+    return Outcome(meta.get("rows", 0), spent, 0.0, was_there=True, trail=trail)
+
+
+def _earlier(wish: Wish, trail: Trail, meta: Mapping[str, Any] | None) -> Earlier | None:
+    """The output that is there, if its vectors are what this one wants."""
+    if meta is None or (meta.get("space"), meta.get("dimensions")) != (wish.space.id, wish.dimensions):
+        return None
+    known = trail.known(omitted=meta.get("subject", {}).get("failed") == "omit")
+    return None if known is None else Earlier(known, open_sink(wish.out))
+
+
+def _finish(wish: Wish, sink: Sink, trail: Trail, done: Checkpoint) -> None:
+    trail.retract()
+    sink.finish()
+    spent = done.spent
+    trail.finish(
+        {
+            "model": wish.model,
+            "space": wish.space.id,
+            "dimensions": wish.dimensions,
+            "rows": done.rows - (spent.failed if wish.manner.omits else 0),
+            "failed": spent.failed,
+            "dtype": "float32",
+            **wish.facts,
+            "tokens": spent.tokens,
+            "calls": round(spent.calls, 3),
+            "cost_usd": None if spent.nano_usd is None else money.usd(spent.nano_usd),
+            "started_at": done.started_at,
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(done.seconds, 3),
+            "subject": msgspec.structs.asdict(wish.subject),
+            "versions": {"embedgate": __version__, "numpy": np.__version__, "python": platform.python_version()},
+        },
+        failed=spent.failed,
+    )

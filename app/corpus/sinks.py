@@ -1,0 +1,166 @@
+"""Hides how an output file comes to be there whole or not at all, whatever its form; and which form is meant."""
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from app.corpus.jsonl_sink import JsonlDraft
+from app.corpus.npy_sink import NpyDraft
+from app.corpus.rows import DataError, Lost, Matrix, Row, Shape, Sink
+
+
+class Draft(Protocol):
+    """An output in the making, at a path that nobody asks for, in one form. Every method may raise OSError."""
+
+    def begin(self, shape: Shape) -> None:
+        """Empty, whatever lay there. Raises DataError where there is no room for it."""
+
+    def go_on(self, shape: Shape, state: Mapping[str, Any]) -> bool:
+        """As it was at that `state`, without what lies behind; False: what the state tells of is not there."""
+
+    def write(self, rows: Sequence[Row], vectors: Matrix) -> None:
+        """The next rows; `vectors` are C-contiguous, little-endian."""
+
+    def state(self) -> Mapping[str, Any]:
+        """How many `rows` there are, and what the form needs; once the path itself is synced, they are safe."""
+
+    def whole(self) -> Path:
+        """The file of all that was written, which is not yet synced."""
+
+    def close(self) -> None:
+        """Lets go of files."""
+
+    def read(self, path: Path, start: int, count: int) -> Matrix:
+        """Vectors of the finished file at `path`, fewer where it ends; ValueError, KeyError, TypeError: it is none."""
+
+
+def open_sink(out: str) -> Sink:
+    """The sink for the file `out`, in the form that its suffix names. Raises DataError where there is none."""
+    path = Path(out)
+    partial = path.with_name(f"{path.name}.partial")
+    match path.suffix.lower():
+        case ".npy":
+            return _FileSink(path, partial, NpyDraft(partial))
+        case ".jsonl":
+            return _FileSink(path, partial, JsonlDraft(partial))
+        case ".parquet" | ".arrow" as suffix:
+            try:
+                from app.corpus.arrow_sink import ArrowDraft, ParquetDraft
+            except ModuleNotFoundError:
+                raise DataError(f"{out}: {suffix} needs the package pyarrow (embedgate[data])") from None
+            return _FileSink(path, partial, (ParquetDraft if suffix == ".parquet" else ArrowDraft)(partial))
+    raise DataError(f"{out}: is of no form that can be written: use .npy, .parquet, .arrow or .jsonl")
+
+
+class _FileSink:
+    """See `Sink`. After a DataError it is closed, and may be opened again."""
+
+    def __init__(self, path: Path, partial: Path, draft: Draft) -> None:
+        self._path = path
+        self._partial = partial
+        self._draft = draft
+        self._dimensions = 0
+        self._finished_at: Mapping[str, Any] | None = None
+        self._reading = threading.Lock()
+
+    def open(self, shape: Shape, state: Mapping[str, Any] | None) -> None:
+        """See `Sink`. An output that was finished at that state, by who died before telling so, is finished."""
+        self.close()
+        self._dimensions, self._finished_at = shape.dimensions, None
+        with self._told():
+            if self._path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "It is a folder")
+            if state is None:
+                self._draft.begin(shape)
+                _fsync(self._partial.parent)
+            elif not self._draft.go_on(shape, state):
+                if not self._has(state["rows"]):
+                    raise self._lost()
+                self._draft.close()
+                self._finished_at = state
+
+    def write(self, rows: Sequence[Row], vectors: Matrix) -> None:
+        """See `Sink`."""
+        assert vectors.shape == (len(rows), self._dimensions)  # noqa: S101
+        if self._finished_at is not None:
+            raise self._lost()
+        with self._told():
+            self._draft.write(rows, np.ascontiguousarray(vectors, "<f4"))
+
+    def sync(self) -> Mapping[str, Any]:
+        """See `Sink`."""
+        if self._finished_at is not None:
+            return self._finished_at
+        with self._told():
+            state = self._draft.state()
+            _fsync(self._partial)
+        return state
+
+    def finish(self) -> None:
+        """See `Sink`. Who dies in it can go on from the last state."""
+        with self._told():
+            if self._finished_at is None:
+                whole = self._draft.whole()
+                _fsync(whole)
+                whole.replace(self._path)
+                _fsync(self._path.parent)
+            if self._partial.is_dir():
+                shutil.rmtree(self._partial)
+            self._draft.close()
+
+    def close(self) -> None:
+        """See `Sink`."""
+        self._draft.close()
+
+    def vectors(self, start: int, count: int) -> Matrix | None:
+        """See `Sink`. An output that ends before, or is not of its form, is no such output. Any thread may ask."""
+        try:
+            with self._reading:
+                found = self._draft.read(self._path, start, count)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DataError(f"{self._path}: cannot be read: {_reason(error)}") from error
+        except (ValueError, KeyError, TypeError):
+            return None
+        return found if len(found) == count else None
+
+    def _has(self, rows: int) -> bool:
+        """Whether there is a finished output of just so many rows."""
+        last = min(rows, 1)
+        return self.vectors(rows - last, last) is not None and self.vectors(rows, 1) is None
+
+    def _lost(self) -> Lost:
+        return Lost(f"{self._partial}: does not hold what an earlier run has written; begin anew with --force")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What goes wrong is told in a line, and nothing is written any more."""
+        try:
+            yield
+        except DataError:
+            self.close()
+            raise
+        except OSError as error:
+            self.close()
+            raise DataError(f"{self._path}: cannot be written: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+def _fsync(path: Path) -> None:
+    """What the file holds, or which files the folder has, survives a power cut from now on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

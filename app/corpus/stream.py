@@ -1,0 +1,250 @@
+"""Hides how rows go through the engine: many at once, kept in their order, written and noted again and again."""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final, NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+
+from app.corpus.rows import Matrix, Row, Sink, Source
+from app.corpus.trail import Checkpoint, Failed, Known, Spent, Trail, hash_of
+from app.domain import EmbeddingRequest, EmbeddingResult
+from app.errors import EmbedgateError
+from app.jobs.patience import Patient
+
+COMMIT_S: Final = 1.0
+"""How old a row that is done may be before it is safe, so long as the one before it is done, too."""
+
+_READ_ROWS = 1000
+
+
+class GaveUp(Exception):
+    """It does not go on, as a string: why; what was done is safe."""
+
+
+class Engine(Protocol):
+    """The one door, see `Gateway`."""
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+        """One vector per text, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How rows are asked for.
+
+    `batch_rows` in a request, at most `rows_at_once` in all. A row without a vector is left out if `omits`, else it is
+    one of NaN.
+    """
+
+    batch_rows: int = 100
+    rows_at_once: int = 4096
+    give_up_after_s: float = 3600.0
+    omits: bool = False
+
+    @property
+    def requests(self) -> int:
+        """How many are under way or wait to be written."""
+        return max(2, self.rows_at_once // self.batch_rows)
+
+
+class _Done(NamedTuple):
+    """Rows that are settled: what each brought, and what all took."""
+
+    rows: Sequence[Row]
+    answers: Sequence[bytes | Failed]
+    spent: Spent
+
+
+class Earlier(NamedTuple):
+    """An output of before in the same space: the rows that it knows, and how their vectors are read."""
+
+    known: Known
+    sink: Sink
+
+
+class Stream:
+    """One run of `source` into `sink`, from a `checkpoint` on; `ask` makes the request for some texts.
+
+    `told` hears of every checkpoint. A caller that cancels `run` loses what was not noted, a second's work.
+    """
+
+    def __init__(
+        self, source: Source, sink: Sink, trail: Trail, engine: Engine, manner: Manner, *,
+        ask: Callable[[Sequence[str]], EmbeddingRequest], dimensions: int, checkpoint: Checkpoint,
+        told: Callable[[Checkpoint], None], earlier: Earlier | None = None, rng: random.Random,
+    ) -> None:  # fmt: skip
+        self._source = source
+        self._sink = sink
+        self._trail = trail
+        self._patient = Patient(engine.embed, attempts=1, rng=rng)  # the engine has tried as often as it may
+        self._manner = manner
+        self._ask = ask
+        self._dimensions = dimensions
+        self._checkpoint = checkpoint
+        self._told = told
+        self._earlier = earlier
+        self._under_way: deque[asyncio.Task[_Done]] = deque()
+        self._settled: list[_Done] = []
+        self._clock = asyncio.get_running_loop().time
+        self._begun_at = self._settled_at = self._noted_at = self._clock()
+        self._before_s = checkpoint.seconds
+
+    async def run(self) -> Checkpoint:
+        """All rows, done and noted. Raises DataError, GaveUp, and what is wrong with every row alike."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                await self._run(group)
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return self._checkpoint
+
+    async def _run(self, group: asyncio.TaskGroup) -> None:
+        rows = self._source.read(self._checkpoint.rows)
+        ready: deque[Sequence[Row]] = deque()
+        more = True
+        while more or ready or self._under_way:
+            if more and len(ready) < self._manner.requests:
+                read = await asyncio.to_thread(_chunks, rows, self._manner.batch_rows)
+                more = bool(read)
+                ready += read
+            while ready and len(self._under_way) < self._manner.requests:
+                self._under_way.append(group.create_task(self._chunk(ready.popleft())))
+            await self._wait()
+            self._collect()
+            if reason := self._why_not_on():
+                await self._commit()
+                raise GaveUp(reason)
+            last = not (more or ready or self._under_way)
+            if self._settled and (last or self._clock() - self._noted_at >= COMMIT_S):
+                await self._commit()
+
+    async def _wait(self) -> None:
+        """Until the first chunk is done, or it is time to note what is."""
+        if self._under_way and not self._under_way[0].done():
+            await asyncio.wait([self._under_way[0]], timeout=COMMIT_S)
+
+    def _why_not_on(self) -> str:
+        if self._patient.broke:
+            return "the budget is spent"
+        idle_s = self._clock() - self._settled_at
+        return f"no row was done for {idle_s:.0f} s" if idle_s > self._manner.give_up_after_s else ""
+
+    def _collect(self) -> None:
+        while self._under_way and self._under_way[0].done():
+            if self._under_way[0].cancelled():
+                return
+            self._settled.append(self._under_way.popleft().result())
+            self._settled_at = self._clock()
+
+    # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _chunk(self, rows: Sequence[Row]) -> _Done:
+        """Every row with its vector, or why it has none."""
+        answers: dict[int, bytes | Failed] = {
+            row.number: Failed(row.number, row.id, "the text is empty") for row in rows if not row.text
+        }
+        kept = await self._kept([row for row in rows if row.text])
+        answers |= kept
+        wanted = [row for row in rows if row.number not in answers]
+        spent = Spent(len(rows), 0, len(kept))
+        if wanted:
+            brought, took = await self._bought(wanted)
+            answers |= brought
+            spent += took
+        failed = sum(isinstance(answer, Failed) for answer in answers.values())
+        spent = msgspec.structs.replace(spent, failed=failed)
+        return _Done(rows, [answers[row.number] for row in rows], spent)
+
+    async def _kept(self, rows: Sequence[Row]) -> dict[int, bytes | Failed]:
+        """What the earlier output has of them."""
+        if self._earlier is None or not rows:
+            return {}
+        return await asyncio.to_thread(_reused, self._earlier, rows)
+
+    async def _bought(self, rows: Sequence[Row]) -> tuple[dict[int, bytes | Failed], Spent]:
+        """Of the engine; where it will not have them together, each by itself."""
+        result = await self._patient.ask(self._ask([row.text for row in rows]))
+        if isinstance(result, EmbeddingResult):
+            return dict(zip((row.number for row in rows), result.vectors, strict=True)), _took(result)
+        if len(rows) == 1:
+            return {rows[0].number: Failed(rows[0].number, rows[0].id, _reason(result))}, Spent()
+        answers: dict[int, bytes | Failed] = {}
+        spent = Spent()
+        for each in await asyncio.gather(*(self._bought([row]) for row in rows)):
+            answers |= each[0]
+            spent += each[1]
+        return answers, spent
+
+    # ── what is done ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _commit(self) -> None:
+        """Writes what is settled: data, then what belongs to it, then how far that is."""
+        settled, self._settled = self._settled, []
+        if not settled:
+            return
+        spent = self._checkpoint.spent
+        for done in settled:
+            spent += done.spent
+        rows = self._checkpoint.rows + sum(len(done.rows) for done in settled)
+        seconds = self._before_s + self._clock() - self._begun_at
+        after = msgspec.structs.replace(self._checkpoint, rows=rows, spent=spent, seconds=seconds)
+        self._checkpoint = await asyncio.to_thread(self._written, settled, after)
+        self._noted_at = self._clock()
+        self._told(self._checkpoint)
+
+    def _written(self, settled: Sequence[_Done], after: Checkpoint) -> Checkpoint:
+        for done in settled:
+            failed = [answer for answer in done.answers if isinstance(answer, Failed)]
+            pairs = [*zip(done.rows, done.answers, strict=True)]
+            if self._manner.omits:
+                pairs = [pair for pair in pairs if not isinstance(pair[1], Failed)]
+            rows = [row for row, _ in pairs]
+            if rows:
+                self._sink.write(rows, self._matrix([answer for _, answer in pairs]))
+            self._trail.add([hash_of(row) for row in rows], failed)
+        return self._trail.note(msgspec.structs.replace(after, sink=dict(self._sink.sync())))
+
+    def _matrix(self, answers: Sequence[bytes | Failed]) -> Matrix:
+        matrix = np.full((len(answers), self._dimensions), np.nan, np.float32)
+        for row, answer in zip(matrix, answers, strict=True):
+            if isinstance(answer, bytes):
+                row[:] = np.frombuffer(answer, "<f4")
+        return matrix
+
+
+def _chunks(rows: Iterator[Row], size: int) -> list[Sequence[Row]]:
+    """The next rows, some thousand at once; none at the end."""
+    read = [*islice(rows, max(size, _READ_ROWS // size * size))]
+    return [read[at : at + size] for at in range(0, len(read), size)]
+
+
+def _reused(earlier: Earlier, rows: Sequence[Row]) -> dict[int, bytes | Failed]:
+    """Vectors of texts that an earlier output has; neighbours are read together."""
+    places = [(row.number, place) for row in rows if (place := earlier.known.row(hash_of(row))) is not None]
+    found: dict[int, bytes | Failed] = {}
+    at = 0
+    while at < len(places):
+        end = at + 1
+        while end < len(places) and places[end][1] == places[end - 1][1] + 1:
+            end += 1
+        vectors = earlier.sink.vectors(places[at][1], end - at)
+        for (number, _), vector in zip(places[at:end], () if vectors is None else vectors, strict=False):
+            if np.isfinite(vector).all():
+                found[number] = vector.astype("<f4").tobytes()
+        at = end
+    return found
+
+
+def _took(result: EmbeddingResult) -> Spent:
+    cached = result.cache_hits + result.joined
+    return Spent(0, 0, 0, cached, result.tokens, result.calls, result.cost_nano_usd)
+
+
+def _reason(error: EmbedgateError) -> str:
+    return str(error) or type(error).__name__

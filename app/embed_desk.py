@@ -1,0 +1,160 @@
+"""Hides how texts are embedded without a server: which model, how fast, or by a running embedgate instead."""
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import httpx
+
+from app.domain import ANONYMOUS, EmbeddingRequest, InputType, Priority
+from app.engine.intake import Plan
+from app.errors import ConfigurationError, EmbedgateError
+from app.runtime import Runtime
+from app.settings import ModelSettings, RemoteDeployment, Settings
+from app.storage.level import LevelDown
+
+_PROBE_S = 60.0
+_TO_MEND: Final = {"credential": "does not accept the key", "quota": "has no credit left"}
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """What vectors are wanted; `model` "" is the first that is configured, `dimensions` 0 the model's own."""
+
+    model: str = ""
+    dimensions: int = 0
+    input_type: InputType | None = None
+    server: str = ""
+
+    def request(self, texts: Sequence[str], *, deadline: float = 0.0) -> EmbeddingRequest:
+        """For these texts, at the lowest priority."""
+        tenant = replace(ANONYMOUS, cache_group=self.server)  # what a name means, each server says for itself
+        return EmbeddingRequest(
+            tenant, self.model, tuple(texts), deadline, Priority.BULK, dimensions=self.dimensions or None,
+            input_type=self.input_type, cause="bulk",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Where texts are embedded, and what will come of `asking`."""
+
+    runtime: Runtime
+    asking: Asking
+    plan: Plan
+
+    @property
+    def dimensions(self) -> int:
+        """How wide its vectors are."""
+        return self.plan.width or self.plan.space.dimensions
+
+    def throttles(self) -> int:
+        """How often a provider has said 429."""
+        calls = [sample for each in self.runtime.telemetry.provider_seconds.collect() for sample in each.samples]
+        return sum(
+            int(sample.value)
+            for sample in calls
+            if sample.name.endswith("_count") and sample.labels["outcome"] == "Throttled"
+        )
+
+    def complaint(self) -> str:
+        """Why no provider is asked before somebody mends that; "" while one may be."""
+        deployments, found = self.plan.route.deployments, []
+        for deployment in deployments:
+            for state, said in _TO_MEND.items():
+                labels = {"deployment": deployment.name, "state": state}
+                if self.runtime.telemetry.registry.get_sample_value("embedgate_breaker_state", labels):
+                    found.append(f"{self.asking.server or f'deployments.{deployment.name}'} {said}")
+        return "; ".join(found) if len(found) == len(deployments) else ""
+
+
+@asynccontextmanager
+async def desk(settings: Settings, asking: Asking, *, server: str = "", api_key: str = "") -> AsyncIterator[Desk]:
+    """Everything that embeds, at the pace of `[embed]`; with a `server` it is asked, and nobody else.
+
+    Raises ConfigurationError for what cannot be had, in a line.
+    """
+    if server:
+        settings = await _through(settings, asking, server, api_key)
+    model = asking.model or next(iter(settings.models))
+    if model not in settings.models:
+        raise ConfigurationError(f"the model {model} is not configured; there is {', '.join(settings.models)}")
+    asking = replace(asking, model=model, server=server)
+    try:
+        async with Runtime(_quiet(_paced(settings, model)), serves=False) as runtime:
+            yield Desk(runtime, asking, runtime.gateway.plan(asking.request(["hello"])))
+    except LevelDown as error:
+        raise ConfigurationError(f"the database cannot be reached: {error}") from error
+    except EmbedgateError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _paced(settings: Settings, model: str) -> Settings:
+    """The deployments of this model as fast as `[embed]` allows."""
+    wanted, deployments = settings.embed, dict(settings.deployments)
+    for name in settings.models[model].deployments:
+        changes: dict[str, Any] = {
+            "attempts": wanted.attempts, "backoff_base_s": wanted.backoff_base_s,
+            "backoff_cap_s": wanted.backoff_cap_s,
+        }  # fmt: skip
+        quota = wanted.tokens_per_minute or deployments[name].limits().tokens_per_minute
+        if quota and (wanted.tokens_per_minute or wanted.safety_buffer):
+            changes |= {"tokens_per_minute": max(1, int(quota * (1 - wanted.safety_buffer))), "headroom": 1.0}
+        changes |= {"max_batch_items": wanted.batch} if wanted.batch else {}
+        changes |= {"max_in_flight": wanted.pool} if wanted.pool else {}
+        deployments[name] = deployments[name].model_copy(update=changes)
+    bulk = settings.bulk.model_copy(update={"min_request_tokens": wanted.min_request_tokens})
+    return settings.model_copy(update={"deployments": deployments, "bulk": bulk})
+
+
+def _quiet(settings: Settings) -> Settings:
+    """Its log is not for who looks at the terminal."""
+    server = settings.server
+    silent = server.model_copy(update={"log_file": server.log_file or os.devnull})
+    return settings.model_copy(update={"server": silent})
+
+
+async def _through(settings: Settings, asking: Asking, server: str, api_key: str) -> Settings:
+    """A route of one deployment, which is the server; what it serves is found out by asking for one text."""
+    if not asking.model:
+        raise ConfigurationError("name the model that the server shall embed with")
+    if asking.input_type is not None:
+        raise ConfigurationError("input_type cannot be told to a server: it is as the model there has it configured")
+    base_url = f"{server.rstrip('/').removesuffix('/v1')}/v1"
+    body: dict[str, Any] = {"model": asking.model, "input": "hello"}
+    body |= {"dimensions": asking.dimensions} if asking.dimensions else {}
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        async with httpx.AsyncClient(headers=headers, timeout=_PROBE_S) as client:
+            answer = await client.post(f"{base_url}/embeddings", json=body)
+        found = answer.json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise ConfigurationError(f"{server} cannot be asked: {error or type(error).__name__}") from error
+    width = _width(found)
+    if not width:
+        raise ConfigurationError(f"{server} cannot be asked: {_said(found) or f'HTTP {answer.status_code}'}")
+    deployment = {"dialect": "openai", "base_url": base_url, "api_key": api_key or "none", "model": asking.model}
+    served = {"deployments": ["server"], "dimensions": width, "canary_interval_s": 0}
+    return settings.model_copy(
+        update={
+            "deployments": {"server": RemoteDeployment.model_validate(deployment)},
+            "models": {asking.model: ModelSettings.model_validate(served)},
+            "tenants": {},
+        }
+    )
+
+
+def _width(found: Any) -> int:
+    """Of the one vector in a body; 0 where there is none."""
+    try:
+        return len(found["data"][0]["embedding"])
+    except (LookupError, TypeError):
+        return 0
+
+
+def _said(found: Any) -> str:
+    """What an error body says."""
+    error = found.get("error") if isinstance(found, dict) else None
+    return str(error.get("message", "")) if isinstance(error, dict) else ""
