@@ -19,7 +19,7 @@ test: $(DEV_STAMP) ## Run the whole test suite, two at once (ARGS="-k queue" for
 	@exec $(PY) -m pytest $(or $(ARGS),-n 2)
 
 trials: $(DEV_STAMP) ## Run the slow proofs under load and faults (ARGS="-k fallback" for a part)
-	@exec $(PY) -m pytest -o python_files='trial_*.py' -o timeout=600 -s tests/trials $(ARGS)
+	@exec $(PY) -m pytest -o python_files='trial_*.py' -o timeout=900 -s tests/trials $(ARGS)
 
 trial-proxy: $(DEV_STAMP) ## Hold the provider contract against LiteLLM's proxy, installed in .venv-litellm
 	@test -x .venv-litellm/bin/litellm || { $(PY) -m venv --clear .venv-litellm && \

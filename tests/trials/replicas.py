@@ -127,20 +127,20 @@ async def side_by_side(
     *,
     at_once: int = 100,
     again_at_once: int = 100,
-    slow: Callable[[T], bool] = lambda _: False,
+    slow: Callable[[T], str] = lambda _: "",
 ) -> Callable[[str], T]:
     """Does all of them; what it returns tells what became of each: its result, or its error is raised.
 
-    What was `slow` is done again, twice at most: whatever else the machine does only ever makes it slower.
+    What was `slow`, as it says in words, is done again, twice at most: whatever else the machine does only ever makes
+    it slower.
     """
     ended = await _all_of(works, at_once)
     for _ in range(2):
-        again = {
-            name: works[name] for name, found in ended.items() if not isinstance(found, BaseException) and slow(found)
-        }
+        found = {name: each for name, each in ended.items() if not isinstance(each, BaseException)}
+        again = {name: why for name, each in found.items() if (why := slow(each))}
         if again:
-            print(f"\nonce more: {', '.join(again)}")
-            ended |= await _all_of(again, again_at_once)
+            print(f"\nonce more: {'; '.join(f'{name} ({why})' for name, why in again.items())}")
+            ended |= await _all_of({name: works[name] for name in again}, again_at_once)
 
     def told(name: str) -> T:
         result = ended[name]

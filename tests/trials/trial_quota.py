@@ -123,9 +123,10 @@ class Course:
         return used_tokens(self.emulator, begin_s, begin_s + 60) / TOKENS
 
     @property
-    def is_slow(self) -> bool:
-        """Whether less was used than had to be: a machine that stands still for seconds uses nothing."""
-        return min(self.used[1:]) < self.least or self.used_again < AFTERWARDS
+    def slow(self) -> str:
+        """That less was used than had to be, if so: a machine that stands still for seconds uses nothing."""
+        enough = min(self.used[1:]) >= self.least and self.used_again >= AFTERWARDS
+        return "" if enough else f"{' '.join(f'{part:.1%}' for part in self.used)}, {self.used_again:.1%} after it"
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,9 @@ class Volleys:
         return [sum(answer.tokens for answer in half) for half in (self.answers[:50], self.answers[50:])]
 
     @property
-    def is_slow(self) -> bool:
-        """Whether it was less than one more text would have fitted into."""
-        return min(self.passed) < 50
+    def slow(self) -> str:
+        """That it was less than one more text would have fitted into, if so."""
+        return "" if min(self.passed) >= 50 else f"{self.passed} tokens"
 
 
 async def take_place(loss: Loss, on: Stage) -> Course:
@@ -199,7 +200,7 @@ async def course(
     works: dict[str, Callable[[], Coroutine[object, object, Course | Volleys]]] = {
         loss.__name__: partial(lost, loss, hundredths) for loss, hundredths in LOSSES.items()
     }
-    return await side_by_side({**works, "volleys": burst}, slow=lambda seen: seen.is_slow)
+    return await side_by_side({**works, "volleys": burst}, slow=lambda seen: seen.slow)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)

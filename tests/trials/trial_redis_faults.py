@@ -111,6 +111,11 @@ class Seen:
         return self.course.watch.all_s(self.course.ended_s, alone=False)
 
     @property
+    def slow(self) -> str:
+        """That it was not in time, if so."""
+        return "" if self.in_time else "late"
+
+    @property
     def in_time(self) -> bool:
         """Whether all of this is within bounds."""
         return self.course.added_s <= 0.150 and self.course.worst_s <= 1.0 and self.shared_s <= 3.0
@@ -137,7 +142,7 @@ async def seen(
                 stage(folder / fault.__name__, postgres.new_database(), Judge(*QUOTA), per_minute(*QUOTA))
             )
             works[fault.__name__] = partial(take_place, fault, on)
-        results = await side_by_side(works, at_once=AT_ONCE, again_at_once=1, slow=lambda each: not each.in_time)
+        results = await side_by_side(works, at_once=AT_ONCE, again_at_once=1, slow=lambda each: each.slow)
     yield results
 
 

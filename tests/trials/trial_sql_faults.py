@@ -128,6 +128,11 @@ class Seen:
     found: Sequence[Answer]
 
     @property
+    def slow(self) -> str:
+        """That it was not in time, if so; of a fault that may be had again."""
+        return "" if self.in_time or self.fault not in REPEATABLE else "late"
+
+    @property
     def in_time(self) -> bool:
         """Whether both are within bounds."""
         return self.course.added_s <= 0.100 and self.course.worst_s <= 1.0
@@ -181,7 +186,10 @@ async def seen(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Callab
             on = await stack.enter_async_context(stage(folder / fault.__name__, database_url, Judge()))
             works[fault.__name__] = partial(take_place, fault, Site(postgres, proxy), on)
         yield await side_by_side(
-            works, at_once=AT_ONCE, again_at_once=1, slow=lambda each: each.fault in REPEATABLE and not each.in_time
+            works,
+            at_once=AT_ONCE,
+            again_at_once=1,
+            slow=lambda each: each.slow,
         )
 
 
