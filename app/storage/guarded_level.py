@@ -70,7 +70,6 @@ class GuardedLevel:
         self._most_bytes = most_waiting_bytes
         self._clock = clock
         self._failures = 0
-        self._down = False
         self._next_try = 0.0
         self._writes: dict[bytes, Write] = {}
         self._waiting_bytes = 0
@@ -84,9 +83,10 @@ class GuardedLevel:
     async def read(self, space: Space, keys: Sequence[bytes], *, patient: bool = False) -> dict[bytes, bytes] | None:
         """What is kept under at most `PIECE_ITEMS` `keys`; None if the level cannot say in time.
 
-        Who is `patient` waits for a level that is slow, and says nothing about it to those who are not.
+        Who is `patient` asks also while the level rests, since one that is down says so at once, and waits for one that
+        is slow; that it answered says nothing to those who have no time.
         """
-        if self._failures < _FAILURES or (patient and not self._down):
+        if patient or self._failures < _FAILURES:
             return await self._try(space, keys, patient=patient)
         if self._clock() >= self._next_try:
             self._next_try = self._clock() + _REST_S
@@ -127,7 +127,6 @@ class GuardedLevel:
 
     def _failed(self, reason: str) -> None:
         self._failures += 1
-        self._down = reason == "down"
         if self._failures == _FAILURES:
             self._next_try = self._clock() + _REST_S
             self._telemetry.cache_level_changed(level=self.level.name, up=False, reason=reason)

@@ -162,7 +162,7 @@ async def test_who_has_time_waits_for_a_slow_level() -> None:
         level.slow_s, level.down = 0.0, True
         for key in [*kept][6:]:
             assert await timed(tiers.get_many(SPACE, [key], patient=True)) == ([None], 0.0)
-        assert len(level.asked) == 3 + 1 + 1 + 1
+        assert len(level.asked) == 3 + 1 + 1 + 3  # in a hurry, patient, a look at whether it is back, patient
 
 
 @virtual_time
