@@ -1,5 +1,6 @@
 """Hides the wire words of the lines of bulk work: what a line asks for, and what is written of it."""
 
+import math
 from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Final
@@ -33,7 +34,7 @@ class BulkLines:
         self._vocabulary = runtime.menu.vocabulary
         self._directory = runtime.directory
 
-    def read(self, body: bytes, order: Order, deadline: float) -> tuple[EmbeddingRequest, wire.Asked]:
+    def read(self, body: bytes, order: Order) -> tuple[EmbeddingRequest, wire.Asked]:
         """What the JSON object `body` of a line asks for, at bulk priority, and how its answer is to be written.
 
         Raises what the online route would: of the body, of whoever may not buy any more, and NotReady (a TryAgainLater)
@@ -52,7 +53,7 @@ class BulkLines:
             tenant=caller.tenant,
             model=asked.model,
             texts=texts,
-            deadline=deadline,
+            deadline=math.inf,
             priority=Priority.BULK,
             dimensions=asked.dimensions,
             input_type=asked.input_type,

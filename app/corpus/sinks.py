@@ -79,7 +79,7 @@ class _FileSink:
                 raise IsADirectoryError(errno.EISDIR, "It is a folder")
             if state is None:
                 self._draft.begin(shape)
-                _fsync(self._partial.parent)
+                fsync(self._partial.parent)
             elif not self._draft.go_on(shape, state):
                 if not self._has(state["rows"]):
                     raise self._lost()
@@ -100,7 +100,7 @@ class _FileSink:
             return self._finished_at
         with self._told():
             state = self._draft.state()
-            _fsync(self._partial)
+            fsync(self._partial)
         return state
 
     def finish(self) -> None:
@@ -108,9 +108,9 @@ class _FileSink:
         with self._told():
             if self._finished_at is None:
                 whole = self._draft.whole()
-                _fsync(whole)
+                fsync(whole)
                 whole.replace(self._path)
-                _fsync(self._path.parent)
+                fsync(self._path.parent)
             if self._partial.is_dir():
                 shutil.rmtree(self._partial)
             self._draft.close()
@@ -157,7 +157,7 @@ def _reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """What the file holds, or which files the folder has, survives a power cut from now on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import orjson
 
 from app.corpus.rows import DataError, Lost, Row
+from app.corpus.sinks import fsync
 
 HASH_BYTES: Final = 16
 _VERSION = 1
@@ -259,11 +260,7 @@ def _write(file: Path, data: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     draft.replace(file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    fsync(file.parent)
 
 
 def _unwritten(file: Path, error: OSError) -> DataError:

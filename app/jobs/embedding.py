@@ -1,7 +1,6 @@
 """Hides how a shard is embedded: many lines at once, kept in their order, committed again and again, never twice."""
 
 import asyncio
-import math
 import random
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -26,7 +25,7 @@ _COMMIT_BYTES = 2**23
 class Wire(Protocol):
     """What lines say and get, in the words of the API."""
 
-    def read(self, body: bytes, order: Order, deadline: float) -> tuple[EmbeddingRequest, Any]:
+    def read(self, body: bytes, order: Order) -> tuple[EmbeddingRequest, Any]:
         """The request that a line's body is, and how its answer is to be written. Raises EmbedgateErrors."""
 
     def good(self, job: Job, custom_id: str, asked: Any, result: EmbeddingResult) -> bytes:
@@ -144,7 +143,7 @@ class ShardWork:
         """What it asks for; waits while nobody can know who asks."""
         while True:
             try:
-                return self._wire.read(bytes(line.body), self._task.job.order, math.inf)
+                return self._wire.read(bytes(line.body), self._task.job.order)
             except TryAgainLater as error:
                 await asyncio.sleep(error.retry_after_s)
 

@@ -1,6 +1,5 @@
 """Hides how the texts of a shard are bought in the vendor's own batches, over hours, restarts and second thoughts."""
 
-import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +55,7 @@ _parcel_of = msgspec.msgpack.Decoder(Parcel).decode
 class Asks(Protocol):
     """What a line says, see `embedding.Wire`."""
 
-    def read(self, body: bytes, order: Order, deadline: float) -> tuple[EmbeddingRequest, Any]:
+    def read(self, body: bytes, order: Order) -> tuple[EmbeddingRequest, Any]:
         """The request that a line's body is. Raises EmbedgateErrors."""
 
 
@@ -135,7 +134,7 @@ class VendorPath:
         request: EmbeddingRequest | None = None
         async for line in lines_of(self.blobs, job.order.input_file_id, shard, skip=task.done_lines):
             try:
-                request, _ = self.asks.read(bytes(line.body), job.order, math.inf)
+                request, _ = self.asks.read(bytes(line.body), job.order)
                 space, texts = await self.wholesale.missing(request)
             except TryAgainLater:
                 raise
@@ -212,7 +211,7 @@ class VendorPath:
         """One of the shard, of whoever asks as that stands now; None: nobody may any more."""
         async for line in lines_of(self.blobs, task.job.order.input_file_id, _shard(task), skip=task.done_lines):
             try:
-                return self.asks.read(bytes(line.body), task.job.order, math.inf)[0]
+                return self.asks.read(bytes(line.body), task.job.order)[0]
             except TryAgainLater:
                 raise
             except EmbedgateError:

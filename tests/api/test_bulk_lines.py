@@ -1,5 +1,6 @@
 """What a line of bulk work says and gets: the very words of the online route, the same to the byte each time."""
 
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -56,9 +57,9 @@ def lines(edge: Edge) -> BulkLines:
 async def test_a_body_becomes_a_request_at_bulk_priority(lines: BulkLines) -> None:
     """With everything that it says but its service tier, on the account of whoever ordered it."""
     said = body(dimensions=256, input_type="query", truncate="end", user="someone", service_tier="priority")
-    request, asked = lines.read(said, order(project="nightly"), 123.0)
+    request, asked = lines.read(said, order(project="nightly"))
     assert (request.tenant.name, request.model, request.texts) == ("search", SMALL, tuple(TEXTS))
-    assert (request.priority, request.cause, request.deadline) == (Priority.BULK, "bulk", 123.0)
+    assert (request.priority, request.cause, request.deadline) == (Priority.BULK, "bulk", math.inf)
     assert (request.dimensions, request.input_type, request.truncation) == (256, "query", "end")
     assert request.spender.project == "nightly"
     assert request.spender.user not in {"", "someone"}
@@ -77,7 +78,7 @@ async def test_what_is_wrong_with_a_body_is_what_the_online_route_says(lines: Bu
     for said in faults:
         online = await edge.post({"model": SMALL, "input": TEXTS} | said)
         with pytest.raises(InvalidRequest) as caught:
-            lines.read(body(**said), order(), 0.0)
+            lines.read(body(**said), order())
         line = orjson.loads(lines.bad(job(), "one", caught.value))
         assert (line["response"]["status_code"], line["response"]["body"]) == (online.status_code, online.json())
         assert line["error"] is None
@@ -86,7 +87,7 @@ async def test_what_is_wrong_with_a_body_is_what_the_online_route_says(lines: Bu
 async def test_a_body_that_no_online_request_could_have_is_refused_alike(lines: BulkLines) -> None:
     """A line is no way around the bound of a body."""
     with pytest.raises(EmbedgateError) as caught:
-        lines.read(body(input="x" * 2**24), order(), 0.0)
+        lines.read(body(input="x" * 2**24), order())
     line = orjson.loads(lines.bad(job(), "one", caught.value))
     assert line["response"]["status_code"] == 413
     assert line["response"]["body"]["error"]["code"] == "request_too_large"
@@ -95,7 +96,7 @@ async def test_a_body_that_no_online_request_could_have_is_refused_alike(lines: 
 @pytest.mark.parametrize("form", [None, "float", "base64"])
 async def test_a_good_line_is_the_online_answer(lines: BulkLines, form: str | None) -> None:
     """Numbers unless base64 was asked for; one line; its ids are OpenAI's in form."""
-    _, asked = lines.read(body(encoding_format=form), order(), 0.0)
+    _, asked = lines.read(body(encoding_format=form), order())
     written = lines.good(job(), 'a "name" of ü', asked, result())
     assert (written.count(b"\n"), written[-1:]) == (1, b"\n")
     line = orjson.loads(written)
@@ -113,7 +114,7 @@ async def test_a_good_line_is_the_online_answer(lines: BulkLines, form: str | No
 
 async def test_a_line_written_twice_is_the_same_and_no_other_has_its_ids(lines: BulkLines) -> None:
     """Neither another line of the job, nor the same one of another job."""
-    _, asked = lines.read(body(), order(), 0.0)
+    _, asked = lines.read(body(), order())
     first = lines.good(job(), "one", asked, result())
     assert lines.good(job(), "one", asked, result()) == first
     written = [
@@ -171,7 +172,7 @@ async def test_a_line_is_bought_with_the_key_that_ordered_it(tmp_path: Path) -> 
         )
         await edge.runtime.directory.refresh()
         ordered = order("team", key["id"], "nightly")
-        request, _ = BulkLines(edge.runtime).read(body(), ordered, 0.0)
+        request, _ = BulkLines(edge.runtime).read(body(), ordered)
         assert (request.tenant.name, request.tenant.models) == ("team", frozenset({SMALL}))
         assert (request.spender.key, request.spender.project) == (key["id"], "nightly")
         assert [account for account, _ in request.spender.allowances] == [f"key {key['id']}", "project team/nightly"]
@@ -186,12 +187,12 @@ async def test_nothing_is_bought_for_whom_is_gone(tmp_path: Path) -> None:
         lines = BulkLines(edge.runtime)
         for ordered in (order("team", revoked["id"]), order("search", key["id"]), order("team"), order("nobody")):
             with pytest.raises(Unauthenticated):
-                lines.read(body(), ordered, 0.0)
-        assert lines.read(body(), order("team", key["id"]), 0.0)
+                lines.read(body(), ordered)
+        assert lines.read(body(), order("team", key["id"]))
         await made.delete_tenant("team")
         await edge.runtime.directory.refresh()
         with pytest.raises(Unauthenticated) as caught:
-            lines.read(body(), order("team", key["id"]), 0.0)
+            lines.read(body(), order("team", key["id"]))
         assert orjson.loads(lines.bad(job(), "one", caught.value))["response"]["status_code"] == 401
 
 
@@ -203,16 +204,16 @@ async def test_nobody_is_taken_for_gone_before_the_keys_were_read(tmp_path: Path
         directory._version = None
         lines = BulkLines(edge.runtime)
         with pytest.raises(NotReady):
-            lines.read(body(), order("team", key["id"]), 0.0)
-        assert lines.read(body(), order(), 0.0)
+            lines.read(body(), order("team", key["id"]))
+        assert lines.read(body(), order())
         await directory.refresh()
-        assert lines.read(body(), order("team", key["id"]), 0.0)
+        assert lines.read(body(), order("team", key["id"]))
 
 
 async def test_where_no_key_is_needed_lines_are_nobodys(tmp_path: Path) -> None:
     """As online."""
     async with running(tmp_path, tenants="") as edge:
-        request, _ = BulkLines(edge.runtime).read(body(), order("anonymous"), 0.0)
+        request, _ = BulkLines(edge.runtime).read(body(), order("anonymous"))
     assert request.tenant.name == "anonymous"
 
 
@@ -220,7 +221,7 @@ async def test_writing_a_line_takes_microseconds(lines: BulkLines) -> None:
     """Below 60 µs for a vector of 1,536 as base64, at best: a job of a million lines is written in a minute."""
     spent_us = {}
     for form in ("base64", "float"):
-        _, asked = lines.read(body(encoding_format=form), order(), 0.0)
+        _, asked = lines.read(body(encoding_format=form), order())
         answer, ordered, best_s = result(TEXTS[:1]), job(), 1.0
         for _ in range(20):
             started = time.perf_counter()

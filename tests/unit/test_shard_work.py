@@ -1,6 +1,7 @@
 """How a shard is embedded: every line once, in its order, committed as it goes, whatever the providers do meanwhile."""
 
 import asyncio
+import math
 import random
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
@@ -77,13 +78,13 @@ class Words:
     def __init__(self, tenant: Tenant = ANONYMOUS) -> None:
         self.tenant = tenant
 
-    def read(self, body: bytes, order: Order, deadline: float) -> tuple[EmbeddingRequest, Any]:
+    def read(self, body: bytes, order: Order) -> tuple[EmbeddingRequest, Any]:
         """See `Wire`."""
         given = orjson.loads(body)["input"]
         if not given:
             raise InvalidRequest("empty", param="input")
         texts = (given,) if isinstance(given, str) else tuple(given)
-        return EmbeddingRequest(self.tenant, MODEL, texts, deadline, Priority.BULK, cause="bulk"), None
+        return EmbeddingRequest(self.tenant, MODEL, texts, math.inf, Priority.BULK, cause="bulk"), None
 
     def good(self, job: Job, custom_id: str, asked: Any, result: EmbeddingResult) -> bytes:
         """See `Wire`."""
