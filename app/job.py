@@ -167,12 +167,12 @@ def parts_prefix(job_id: str) -> str:
     return f"parts/{job_id}"
 
 
+def task_folder(job_id: str, task: int) -> str:
+    """Where what belongs to a task of it is until then."""
+    return f"{parts_prefix(job_id)}/{task:06}"
+
+
 def piece_blobs(job_id: str, task: int, fence: int, piece: int) -> tuple[str, str]:
     """Where a piece's good lines and its failed ones are; an earlier holder of the task writes elsewhere."""
-    stem = f"{parts_prefix(job_id)}/{task:06}/{piece:06}-{fence}"
+    stem = f"{task_folder(job_id, task)}/{piece:06}-{fence}"
     return f"{stem}.out", f"{stem}.err"
-
-
-def parcel_blob(job_id: str, task: int, fence: int, number: int) -> str:
-    """Where it is written down what a task orders from a vendor."""
-    return f"{parts_prefix(job_id)}/{task:06}/parcel-{fence}-{number}"

@@ -16,8 +16,9 @@ from app.job_ports import Blobs, JobStore
 from app.jobs.embedding import Paused, ShardWork, Window, Wire
 from app.jobs.intake import Intake
 from app.jobs.joining import join
+from app.jobs.shard_errand import ShardErrand
 from app.jobs.sweeping import sweep
-from app.jobs.vendor import VendorPath, Wait
+from app.jobs.vendor import TakenOver, VendorPath, Wait
 from app.storage.level import LevelDown
 from app.telemetry import Telemetry
 
@@ -68,7 +69,7 @@ class Runner:
         self._blobs = blobs
         self._engine = engine
         self._wholesale = wholesale
-        self._vendor = VendorPath(blobs, wire, wholesale, self._note)
+        self._vendor = VendorPath(blobs, wholesale)
         self._wire = wire
         self._telemetry = telemetry
         self._bounds = bounds
@@ -228,13 +229,16 @@ class Runner:
         vectors: Mapping[bytes, Vector] = {}
         before = NO_WORK
         if task.job.order.tier == "vendor_batch" and (task.note or self._wholesale.sells(task.job.model)):
-            found = await self._vendor.look(task)
-            if found is None:
+            errand = self._errand(task)
+            try:
+                found = await self._vendor.look(errand) or await self._vendor.bring(errand)
+            except TakenOver:
                 return "taken over"
+            task = errand.task
             if isinstance(found, Wait):
                 await self._surely(lambda: self._store.rest(task, for_s=found.for_s))
                 return "waits for the vendor"
-            task, vectors, before = found
+            vectors, before = found.vectors, NO_WORK if task.done_lines else found.work
         work = ShardWork(
             task, self._blobs, self._wire, lambda request: self._engine.embed(request, vectors), self._commit,
             window=self._bounds.window, attempts=self._bounds.attempts, rng=self._rng, before=before,
@@ -246,12 +250,16 @@ class Runner:
         job = task.job
         if job.ending != "completed" and job.order.tier == "vendor_batch":
             tasks = await self._surely(lambda: self._store.tasks(job.id))
-            if not await self._vendor.call_off(tasks, _over_since_s(job)):
+            errands = [self._errand(each) for each in tasks if each.shard and each.done_lines < each.shard.lines]
+            if not await self._vendor.call_off(errands, _over_since_s(job)):
                 await self._surely(lambda: self._store.rest(task, for_s=_CALLED_OFF_LOOK_S))
                 return "waits for the vendor"
         keep_s = self._bounds.keep_s
         joined = await self._surely(lambda: join(task, self._store, self._blobs, self._wire, keep_s=keep_s))
         return "done" if joined else "taken over"
+
+    def _errand(self, task: Task) -> ShardErrand:
+        return ShardErrand(task, self._blobs, self._wire, self._note)
 
     async def _note(self, task: Task, words: bytes) -> Task | None:
         return await self._surely(lambda: self._store.note(task, words))
