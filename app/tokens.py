@@ -117,7 +117,12 @@ class Cl100k:
         return next((i for i, id_ in enumerate(ids) if not 0 <= id_ < self._ORDINARY and id_ not in special), None)
 
     def _encode(self, text: str) -> list[int]:
-        return self._loaded().encode_ordinary(text)
+        """In pieces where one word is endless, whose seams may show: it would overflow tiktoken's stack."""
+        encoding = self._loaded()
+        if not _unbroken(text):
+            return encoding.encode_ordinary(text)
+        starts = range(0, len(text), _UNBROKEN_CHARS)
+        return [id_ for start in starts for id_ in encoding.encode_ordinary(text[start : start + _UNBROKEN_CHARS])]
 
     def _loaded(self) -> Encoding:
         with self._loading:

@@ -322,3 +322,15 @@ def test_the_counters_are_the_ports() -> None:
     """Both ports are promised to the type checker, and the vocabulary's size is beyond every id that it can decode."""
     vocabulary: TokenVocabulary = CL100K
     assert vocabulary.decode([vocabulary.size - 1]) == "<|endofprompt|>"
+
+
+@pytest.mark.parametrize("text", [" " * 1_000_000 + "a", "\t" * 700_000 + " a"], ids=["spaces", "tabs"])
+async def test_a_megabyte_of_blanks_is_counted_and_cut(text: str) -> None:
+    """A stretch that would overflow the tokenizer's stack, which no handler catches."""
+    counter = Cl100k()
+    counted = await count_many(counter, [text], most_each=1_000_000, most_total=1_000_000)
+    assert isinstance(counted, list)
+    assert 1000 < counted[0] < 100_000
+    (cut,) = await cut_many(counter, [text], 1000)
+    assert text.startswith(cut)
+    assert counter.count(cut) <= 1000
