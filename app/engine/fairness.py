@@ -1,4 +1,7 @@
-"""Fairness inside one priority: between tenants by tokens served, between one tenant's requests by turns."""
+"""Fairness inside one priority: between tenants by tokens served, between one tenant's requests by turns.
+
+Bulk requests of one tenant go one after the other: whoever waits for them waits for the oldest, and lets go of it.
+"""
 
 import heapq
 import itertools
@@ -14,12 +17,13 @@ _IDLE_TAGS = 1024
 
 
 class _TenantFlow:
-    """One tenant's waiting requests, which take turns text by text, so that a big one does not hold up a small one."""
+    """One tenant's waiting requests, which may take turns text by text: so a big one does not hold up a small one."""
 
-    __slots__ = ("name", "requests", "tag", "tokens", "weight")
+    __slots__ = ("by_turns", "name", "requests", "tag", "tokens", "weight")
 
-    def __init__(self, name: str, weight: float, tag: float) -> None:
+    def __init__(self, name: str, weight: float, tag: float, *, by_turns: bool) -> None:
         self.name = name
+        self.by_turns = by_turns
         self.weight = weight
         self.tag = tag
         self.tokens = 0
@@ -40,7 +44,10 @@ class _TenantFlow:
     def advance(self) -> WorkItem:
         request = self.requests[0]
         item = request.pop()
-        self.requests.rotate(-1) if request else self.requests.popleft()
+        if not request:
+            self.requests.popleft()
+        elif self.by_turns:
+            self.requests.rotate(-1)
         self.tokens -= item.tokens
         return item
 
@@ -73,7 +80,8 @@ class Lane:
         flow = self._flows.get(request.tenant.name)
         if flow is None:
             tag = max(self.level, self._idle_tags.pop(request.tenant.name, 0.0))
-            flow = self._flows[request.tenant.name] = _TenantFlow(request.tenant.name, request.tenant.weight, tag)
+            name, weight = request.tenant.name, request.tenant.weight
+            flow = self._flows[name] = _TenantFlow(name, weight, tag, by_turns=self.priority is not Priority.BULK)
             heapq.heappush(self._heap, (tag + flow.cost(items[0]), next(self._ties), flow))
             self.weight += flow.weight
         flow.requests.append(list(reversed(items)))
@@ -184,9 +192,9 @@ class Lane:
         flow = self._flows.get(request.tenant.name)
         own_weight = flow.weight if flow else request.tenant.weight
         weight = self.weight if flow else self.weight + own_weight
-        requests = len(flow.requests) + 1 if flow else 1
-        by_turns = tokens * requests
-        own = min((flow.tokens if flow else 0) + tokens, by_turns)
+        own = (flow.tokens if flow else 0) + tokens
+        if flow and flow.by_turns:
+            own = min(own, tokens * (len(flow.requests) + 1))
         return own * weight / own_weight
 
     def purge(self) -> None:

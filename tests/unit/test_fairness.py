@@ -53,6 +53,19 @@ def exchange(*replicas: Replica, lost: Sequence[Replica] = ()) -> None:
         each.lane.hear([news for news in told if news is not None and news is not own])
 
 
+async def test_in_bulk_the_oldest_request_goes_first() -> None:
+    """Whole, before any text of a later one of the same tenant; in other priorities they take turns."""
+    orders = {}
+    for priority in (Priority.DEFAULT, Priority.BULK):
+        lane = Lane(priority)
+        for name in ("a", "b"):
+            request = EmbeddingRequest(Tenant("t"), "m", ("",) * 3, deadline=1e9)
+            loop = asyncio.get_running_loop()
+            lane.add(request, [WorkItem(b"", name, 1, 1, loop.create_future(), [request], 0.0) for _ in range(3)])
+        orders[priority] = "".join(str(lane.advance(charge=True).payload) for _ in range(6))
+    assert orders == {Priority.DEFAULT: "ababab", Priority.BULK: "aaabbb"}
+
+
 # ── one replica ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
