@@ -1,7 +1,7 @@
 """Hides how texts are embedded without a server: which model, how fast, or by a running embedgate instead."""
 
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -10,13 +10,19 @@ import httpx
 
 from app.domain import ANONYMOUS, EmbeddingRequest, InputType, Priority
 from app.engine.intake import Plan
-from app.errors import ConfigurationError, EmbedgateError
+from app.engine.wholesale import Wholesale
+from app.errors import BadCredential, ConfigurationError, EmbedgateError, Misconfigured, ProviderError, QuotaExhausted
 from app.runtime import Runtime
 from app.settings import ModelSettings, RemoteDeployment, Settings
 from app.storage.level import LevelDown
 
 _PROBE_S = 60.0
+_CACHE_BYTES: Final = 32 * 2**20
 _TO_MEND: Final = {"credential": "does not accept the key", "quota": "has no credit left"}
+_WRONG: Final[Mapping[type[ProviderError], str]] = {
+    BadCredential: _TO_MEND["credential"], QuotaExhausted: _TO_MEND["quota"],
+    Misconfigured: "does not know the model or the path",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,18 @@ class Desk:
         """How wide its vectors are."""
         return self.plan.width or self.plan.space.dimensions
 
+    @property
+    def wholesale(self) -> Wholesale | None:
+        """Where the vendor's batches are bought, if `[embed]` wants that. Raises ConfigurationError: there are none."""
+        if self.runtime.settings.embed.tier == "online":
+            return None
+        if self.asking.server:
+            raise ConfigurationError("a server cannot be told to use the vendor's batches: let it do a job, see `jobs`")
+        if not self.runtime.wholesale.sells(self.asking.model):
+            model = self.asking.model
+            raise ConfigurationError(f"the model {model} has no vendor's batches: only OpenAI, Gemini and Voyage have")
+        return self.runtime.wholesale
+
     def throttles(self) -> int:
         """How often a provider has said 429."""
         calls = [sample for each in self.runtime.telemetry.provider_seconds.collect() for sample in each.samples]
@@ -67,7 +85,16 @@ class Desk:
                 labels = {"deployment": deployment.name, "state": state}
                 if self.runtime.telemetry.registry.get_sample_value("embedgate_breaker_state", labels):
                     found.append(f"{self.asking.server or f'deployments.{deployment.name}'} {said}")
+        trouble = self.runtime.wholesale.trouble(self.asking.model)
+        if trouble is not None and (words := _WRONG.get(type(trouble[1]))):
+            return f"deployments.{trouble[0]} {words}"
         return "; ".join(found) if len(found) == len(deployments) else ""
+
+
+def passing(settings: Settings) -> Settings:
+    """The same with little memory to remember: of a dataset nearly everything passes by once."""
+    memory_bytes = min(settings.cache.memory_bytes, _CACHE_BYTES)
+    return settings.model_copy(update={"cache": settings.cache.model_copy(update={"memory_bytes": memory_bytes})})
 
 
 @asynccontextmanager

@@ -4,7 +4,9 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
@@ -15,6 +17,7 @@ from app.errors import ConfigurationError
 from app.settings import Settings, find, json_lines, load, table
 
 if TYPE_CHECKING:
+    from app.cli.sharing import Sharing
     from app.corpus.rows import Source
     from app.corpus.run import Outcome, Wish
     from app.corpus.trail import Checkpoint
@@ -27,6 +30,12 @@ table, with your own model or one of a running embedgate (--server):
     embedgate embed train.csv --text description --out train.npy
     embedgate embed 'data/*.jsonl' --text '{title}\\n{body}' --id url --model text-embedding-3-small --out data.parquet
     cat questions.txt | embedgate embed - --format lines --out questions.npy --input-type query
+
+Or into the table news of the LanceDB database data, or a table of Postgres with pgvector (a password is better kept in
+~/.pgpass or $PGPASSWORD); what is told here to lie beside OUT lies for Postgres in the current directory:
+
+    embedgate embed train.csv --text description --out data/news.lance
+    embedgate embed train.csv --text description --out 'postgresql://me@db.example.com/shop#articles'
 
 Look first what it costs with every model that is configured, before a cent is spent:
 
@@ -42,6 +51,13 @@ Rows that fail are listed in OUT.failed.jsonl and are NaN in an array, or left o
 
     embedgate embed train.csv --text description --out train.npy --retry-failed
 
+On many machines, each does a part of the same input, and one of them joins these, without a call; or workers of a Ray
+cluster do it, at one running embedgate, wherever they all see the same files:
+
+    embedgate embed train.csv --text description --out train.npy --part 2/4
+    embedgate embed train.csv --text description --out train.npy --join 4
+    embedgate embed train.csv --text description --out train.npy --model m --server http://gateway:8080 --on ray
+
 What it was made of stands in OUT.meta.json. Exit code 3: some rows have no vector, 4: it gave up for now and can go on,
 2: something is wrong with what was given.
 """
@@ -50,11 +66,14 @@ HELP = with_examples(_EMBED)
 _LINE_ROWS = 1000
 _BATCH_ROWS, _LEAST_ROWS_AT_ONCE, _MOST_ROWS_AT_ONCE = 100, 256, 8192
 _VECTORS_BYTES = 48 * 2**20  # of rows under way, about
+_LEAST_SPAN_ROWS, _MOST_SPAN_ROWS, _SPAN_BYTES = 1000, 8192, 12 * 2**20  # of rows that are ordered together
 
 
 def embed(  # noqa: PLR0913 — a command has its options
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help='Files and globs; "-": the standard input.')],
-    out: Annotated[str, typer.Option(metavar="OUT", help=".npy, .parquet, .arrow or .jsonl")] = "",
+    out: Annotated[
+        str, typer.Option(metavar="OUT", help=".npy, .parquet, .arrow, .jsonl, DB/TABLE.lance, postgresql://…#TABLE")
+    ] = "",
     text: Annotated[str, typer.Option(metavar="EXPR", help='A column, or a template: "{title}\\n{body}".')] = "text",
     id_column: Annotated[
         str, typer.Option("--id", metavar="COLUMN", help="Rows' names; default: id, or their number.")
@@ -80,54 +99,104 @@ def embed(  # noqa: PLR0913 — a command has its options
     safety_buffer: Annotated[
         float | None, typer.Option(min=0, max=0.9, help="The part of it that is left free: 0.1.")
     ] = None,
+    tier: Annotated[
+        Literal["online", "vendor_batch"] | None,
+        typer.Option(help="vendor_batch: at the batch price of OpenAI, Gemini or Voyage, within a day."),
+    ] = None,
     dataset: Annotated[str, typer.Option(help="For OUT.meta.json; default: the input's name.")] = "",
     split: Annotated[str, typer.Option(help="For OUT.meta.json: train, test, …")] = "",
     config: Config = None,
     server: Annotated[
         str, typer.Option(metavar="URL", help="Ask a running embedgate, with your $EMBEDGATE_API_KEY.")
     ] = "",
+    part: Annotated[str, typer.Option(metavar="N/COUNT", help="Only this part, into OUT.part-2-of-4: 2/4.")] = "",
+    join: Annotated[int, typer.Option(min=0, metavar="COUNT", help="Make OUT of so many parts, which stay: 4.")] = 0,
+    on: Annotated[Literal["ray"] | None, typer.Option(help="Let a cluster's workers ask the --server: ray.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="With --on ray: 8; default: as many as there are CPUs.")] = 0,
+    partitions: Annotated[
+        int, typer.Option(min=0, help="With --on ray: in so many pieces: 64; default: of 2,000 rows or more.")
+    ] = 0,
+    ray_address: Annotated[
+        str, typer.Option(help="A cluster's: head:6379, auto; default: $RAY_ADDRESS, then this machine alone.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="The report as a JSON object.")] = False,
 ) -> None:
     """See `_EMBED`."""
-    from app.corpus.rows import DataError
-    from app.corpus.stream import GaveUp
+    from app.cli.sharing import Sharing
+    from app.corpus.address import shown
     from app.embed_desk import Asking
 
-    options = {
-        "batch": batch or None, "pool": pool or None, "tokens_per_minute": tokens_per_minute or None,
-        "safety_buffer": safety_buffer,
-        "give_up_after_s": span_s(give_up_after, "--give-up-after") if give_up_after else None,
-    }  # fmt: skip
-    settings = load(find(config, os.environ), os.environ)
-    paced = settings.embed.model_copy(update={name: value for name, value in options.items() if value is not None})
-    settings = settings.model_copy(update={"embed": paced})
-    try:
-        source = _opened(inputs, text=text, id=id_column or None, form=form or None, limit=limit or None, seed=seed)
+    settings = _paced(
+        load(find(config, os.environ), os.environ), batch=batch or None, pool=pool or None, tier=tier,
+        tokens_per_minute=tokens_per_minute or None, safety_buffer=safety_buffer,
+        give_up_after_s=span_s(give_up_after, "--give-up-after") if give_up_after else None,
+    )  # fmt: skip
+    sharing = Sharing(part, join, on, workers, partitions, ray_address)
+    opened = partial(
+        _opened, inputs, text=text, id=id_column or None, form=form or None, limit=limit or None, seed=seed
+    )
+    with _explained(out):
+        sharing.check(inputs, out, server=server, retry_failed=retry_failed)
+        source, out = sharing.mine(opened(), out)
         if dry_run:
             rows = _estimates(settings, source)
             print(json_lines(rows) if as_json else table(rows))
             return
-        if not out:
-            raise DataError("--out: where to? FILE.npy, FILE.parquet, FILE.arrow or FILE.jsonl")
         facts = {"dataset": dataset or source.name, "split": split or None, "text": text, "id": id_column or None}
         given = _Given(
-            out, Asking(model, dimensions, input_type), facts, server, failed == "omit", force, retry_failed, as_json
-        )
-        outcome = run(lambda: _embedded(source, settings, given))
-    except DataError as error:
-        raise ConfigurationError(str(error)) from error
-    except GaveUp as gave_up:
-        _tell_how_to_go_on(str(gave_up))
-        raise typer.Exit(4) from gave_up
-    except typer.Exit as left:  # Ctrl-C
-        _tell_how_to_go_on("stopped")
-        raise typer.Exit(130) from left
-    print(_report(outcome, out, as_json=as_json))
+            _placed(out), Asking(model, dimensions, input_type), facts, server, failed == "omit", force, retry_failed,
+            as_json,
+        )  # fmt: skip
+        if join or on:
+            outcome = _shared(sharing, source, opened, settings, given)
+        else:
+            outcome = run(lambda: _embedded(source, settings, given))
+    print(_report(outcome, shown(out), as_json=as_json))
     raise typer.Exit(3 if outcome.spent.failed else 0)
 
 
-def _tell_how_to_go_on(why: str) -> None:
-    print(f"embedgate: {why}; go on with: {shlex.join(['embedgate', *sys.argv[1:]])}", file=sys.stderr)
+def _paced(settings: Settings, **options: Any) -> Settings:
+    """With what the options say of `[embed]`; None: nothing."""
+    from app.embed_desk import passing
+
+    said = {name: value for name, value in options.items() if value is not None}
+    return passing(settings.model_copy(update={"embed": settings.embed.model_copy(update=said)}))
+
+
+def _placed(out: str) -> str:
+    from app.corpus.rows import DataError
+
+    if not out:
+        forms = "FILE.npy, FILE.parquet, FILE.arrow, FILE.jsonl, DB/TABLE.lance or postgresql://…#TABLE"
+        raise DataError(f"--out: where to? {forms}")
+    return out
+
+
+@contextmanager
+def _explained(out: str) -> Iterator[None]:
+    """What ends a run early is told in a line, with the command that goes on."""
+    from app.corpus.address import shown
+    from app.corpus.rows import DataError
+    from app.corpus.stream import GaveUp
+
+    try:
+        name = shown(out)
+        try:
+            yield
+        except GaveUp as gave_up:
+            _tell_how_to_go_on(str(gave_up), out, name)
+            raise typer.Exit(4) from gave_up
+        except typer.Exit as left:  # Ctrl-C
+            _tell_how_to_go_on("stopped", out, name)
+            raise typer.Exit(130) from left
+    except DataError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _tell_how_to_go_on(why: str, out: str, name: str) -> None:
+    """Without a password that stands in `out`."""
+    arguments = [each.replace(out, name) if out else each for each in sys.argv[1:]]
+    print(f"embedgate: {why}; go on with: {shlex.join(['embedgate', *arguments])}", file=sys.stderr)
 
 
 class _Given(NamedTuple):
@@ -158,7 +227,37 @@ async def _embedded(source: "Source", settings: Settings, given: "_Given") -> "O
 
     async with desk(settings, given.asking, server=given.server, api_key=os.environ.get("EMBEDGATE_API_KEY", "")) as at:
         with _Watch(source, quiet=given.quiet) as watch:
-            return await run_dataset(_wish(at, source, given), at.runtime.gateway, at.asking.request, watch.told)
+            wholesale = at.wholesale
+            return await run_dataset(
+                _wish(at, source, given), at.runtime.gateway, at.asking.request, watch, complaint=at.complaint,
+                wholesale=wholesale,
+            )  # fmt: skip
+
+
+def _shared(
+    sharing: "Sharing", source: "Source", opened: "Callable[[], Source]", settings: Settings, given: "_Given"
+) -> "Outcome":
+    """By others, or by what they have left."""
+    from app.cli.sharing import Task, by_ray, joined_from
+
+    key = os.environ.get("EMBEDGATE_API_KEY", "")
+
+    def task(parts: str, count: int) -> Task:
+        return Task(opened, source.fingerprint, _embedded, given._replace(out=parts), count, settings.embed, key)
+
+    with _Watch(source, quiet=given.quiet) as watch:
+        if sharing.join:
+            return joined_from(sharing.join, source, given, watch.told)
+        wish = run(lambda: _wished(source, settings, given))
+        return by_ray(sharing, wish, task, watch.told)
+
+
+async def _wished(source: "Source", settings: Settings, given: "_Given") -> "Wish":
+    """What is to be done, as the server has it; so a wrong key is told here, and not by all workers."""
+    from app.embed_desk import desk
+
+    async with desk(settings, given.asking, server=given.server, api_key=os.environ.get("EMBEDGATE_API_KEY", "")) as at:
+        return _wish(at, source, given)
 
 
 def _wish(at: "Desk", source: "Source", given: "_Given") -> "Wish":
@@ -170,14 +269,16 @@ def _wish(at: "Desk", source: "Source", given: "_Given") -> "Wish":
     limits = [at.runtime.settings.deployments[each.name].limits() for each in route.deployments]
     texts = sum(2 * each.max_in_flight * each.max_batch_items for each in limits)
     most = min(_MOST_ROWS_AT_ONCE, max(_LEAST_ROWS_AT_ONCE, _VECTORS_BYTES // (4 * width)))
+    span_rows = min(_MOST_SPAN_ROWS, max(_LEAST_SPAN_ROWS, _SPAN_BYTES // (4 * width)))
     manner = Manner(
         batch_rows=min(_BATCH_ROWS, *(each.max_batch_items for each in limits)),
-        rows_at_once=min(most, max(_LEAST_ROWS_AT_ONCE, texts)),
+        rows_at_once=min(most, max(_LEAST_ROWS_AT_ONCE, texts), span_rows),
+        span_rows=span_rows,
         give_up_after_s=at.runtime.settings.embed.give_up_after_s,
         omits=given.omits,
     )
     return Wish(
-        source, given.out, at.asking.model, at.plan.space, at.dimensions, manner, given.facts,
+        source, given.out, at.asking.model, at.plan.space.id, at.dimensions, manner, given.facts,
         anew=given.force, failed_only=given.retry_failed,
     )  # fmt: skip
 
@@ -206,6 +307,13 @@ class _Watch:
     def __exit__(self, *exc_info: object) -> None:
         self._bar.stop()
 
+    def ordered(self, batches: int, over: int) -> None:
+        """So many of the vendor's batches."""
+        told = f"{batches} of the vendor's batches ordered, {over} over"
+        self._bar.update(self._shown, told=told)
+        if self._plain and not self._quiet:
+            print(told, file=sys.stderr, flush=True)
+
     def told(self, checkpoint: "Checkpoint") -> None:
         """So much is safe."""
         spent, rows = checkpoint.spent, checkpoint.rows
@@ -214,7 +322,8 @@ class _Watch:
         failed = f", {spent.failed} failed" if spent.failed else ""
         told = f"{speed:.0f} rows/s, {spent.tokens} tokens{cost}{failed}"
         self._bar.update(self._shown, completed=rows, told=told)
-        if self._plain and not self._quiet and rows // _LINE_ROWS > self._said_rows // _LINE_ROWS:
+        new = rows // _LINE_ROWS > self._said_rows // _LINE_ROWS or (rows == self._source.rows and self._said_rows)
+        if self._plain and not self._quiet and new:
             self._said_rows = rows
             print(f"{rows}/{self._source.rows} rows, {told}", file=sys.stderr, flush=True)
 

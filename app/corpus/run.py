@@ -3,21 +3,25 @@
 import asyncio
 import platform
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
 
 from app import __version__, money
+from app.corpus.address import shown
+from app.corpus.alone import alone
+from app.corpus.preorders import Preorders
 from app.corpus.rows import DataError, Lost, Shape, Sink, Source
-from app.corpus.sinks import open_sink
-from app.corpus.stream import Earlier, Engine, Manner, Stream
+from app.corpus.sinks import Output, open_sink
+from app.corpus.stream import Earlier, Engine, Manner, Means, Stream
 from app.corpus.trail import Checkpoint, Spent, Trail
-from app.domain import EmbeddingRequest, Space
+from app.domain import EmbeddingRequest
+from app.engine.wholesale import Wholesale
 
 
 class Subject(msgspec.Struct, frozen=True):
@@ -42,7 +46,7 @@ class Subject(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """A dataset and what is to become of it: vectors of a model, `dimensions` wide, at `out`.
+    """A dataset and what is to become of it: vectors of a model in the space of this id, `dimensions` wide, at `out`.
 
     `facts` stand in the sidecar as they are. `anew`: an output that is of something else is done again; `failed_only`:
     rows of a finished output that have no vector are tried once more.
@@ -51,7 +55,7 @@ class Wish:
     source: Source
     out: str
     model: str
-    space: Space
+    space: str
     dimensions: int
     manner: Manner
     facts: Mapping[str, Any]
@@ -62,7 +66,7 @@ class Wish:
     def subject(self) -> Subject:
         """What its output is recognised by."""
         failed = "omit" if self.manner.omits else "nan"
-        return Subject(self.source.fingerprint, self.source.rows, self.model, self.space.id, self.dimensions, failed)
+        return Subject(self.source.fingerprint, self.source.rows, self.model, self.space, self.dimensions, failed)
 
 
 class Outcome(NamedTuple):
@@ -75,47 +79,97 @@ class Outcome(NamedTuple):
     trail: Trail
 
 
-async def run(
-    wish: Wish, engine: Engine, ask: Callable[[Sequence[str]], EmbeddingRequest], told: Callable[[Checkpoint], None]
-) -> Outcome:
-    """Does what has to be done, from where an earlier run stopped; `told` hears how far it is.
+Work: TypeAlias = Callable[[Sink, Trail, Checkpoint, Earlier | None], Awaitable[Checkpoint]]
+"""Writes rows from a checkpoint on; the last one that it has noted."""
 
-    Raises DataError for what is there and does not fit, GaveUp once it does not go on.
+
+class Watch(Protocol):
+    """Who wants to know how it goes."""
+
+    def told(self, checkpoint: Checkpoint) -> None:
+        """So much is done and safe."""
+
+    def ordered(self, batches: int, over: int) -> None:
+        """So many parts of the rows are ordered in the vendor's batches, and so many of these are over."""
+
+
+async def run(
+    wish: Wish, engine: Engine, ask: Callable[[Sequence[str]], EmbeddingRequest], watch: Watch, *,
+    complaint: Callable[[], str], wholesale: Wholesale | None = None,
+) -> Outcome:  # fmt: skip
+    """Does what has to be done, from where an earlier run stopped; with `wholesale` by the vendor's batches.
+
+    Of `complaint` see `Means`. Raises DataError for what is there and does not fit, GaveUp once it does not go on.
     """
-    trail, subject = Trail(wish.out), wish.subject
-    found = await asyncio.to_thread(_found, wish, trail, subject)
+
+    async def streamed(sink: Sink, trail: Trail, checkpoint: Checkpoint, earlier: Earlier | None) -> Checkpoint:
+        preorders = None
+        if wholesale is not None:
+            checkpoint = await asyncio.to_thread(_note, sink, trail, checkpoint)  # else nobody knew what is ordered
+            preorders = Preorders(
+                wish.source, trail.orders_folder, wholesale, ask, span_rows=wish.manner.span_rows,
+                known=earlier.known if earlier else None, told=watch.ordered,
+            )  # fmt: skip
+        elif trail.orders_folder.exists():
+            text = "go on with --tier vendor_batch, or begin again with --force"
+            raise DataError(f"{shown(wish.out)} was begun in the vendor's batches: {text}")
+        stream = Stream(
+            wish.source, sink, trail, Means(engine, ask, complaint, preorders), wish.manner,
+            dimensions=wish.dimensions, checkpoint=checkpoint, told=watch.told, earlier=earlier,
+            rng=random.Random(),  # noqa: S311 — jitter
+        )  # fmt: skip
+        return await stream.run()
+
+    return await made(wish, streamed)
+
+
+async def made(wish: Wish, work: Work) -> Outcome:
+    """The output as `work` writes it, unless it is there and fits; see `run`."""
+    sink = await asyncio.to_thread(open_sink, wish.out)
+    with alone(sink.companions), closing(sink):
+        return await _made(wish, sink, work)
+
+
+async def _made(wish: Wish, sink: Output, work: Work) -> Outcome:
+    trail = Trail(sink.companions)
+    found = await asyncio.to_thread(_found, wish, sink, trail)
     if isinstance(found, Outcome):
         return found
     checkpoint, earlier = found
-    sink = await asyncio.to_thread(open_sink, wish.out)
+    if checkpoint.sink is None:
+        trail.forget()
     try:
         checkpoint = await asyncio.to_thread(_open, wish, sink, trail, checkpoint)
-        stream = Stream(
-            wish.source, sink, trail, engine, wish.manner, ask=ask, dimensions=wish.dimensions, checkpoint=checkpoint,
-            told=told, earlier=earlier, rng=random.Random(),  # noqa: S311 — jitter
-        )  # fmt: skip
-        done = await stream.run()
+        done = await work(sink, trail, checkpoint, earlier)
         await asyncio.to_thread(_finish, wish, sink, trail, done)
     finally:
-        sink.close()
         trail.close()
         if earlier is not None:
             earlier.sink.close()
     return Outcome(done.rows, done.spent, done.seconds, was_there=False, trail=trail)
 
 
-def _found(wish: Wish, trail: Trail, subject: Subject) -> Outcome | tuple[Checkpoint, Earlier | None]:
+def there(wish: Wish) -> Outcome | None:
+    """The output, if it is there and fits. Raises DataError for what is there and does not fit."""
+    with closing(open_sink(wish.out)) as output:
+        found = _found(wish, output, Trail(output.companions))
+    return found if isinstance(found, Outcome) else None
+
+
+def _found(wish: Wish, output: Output, trail: Trail) -> Outcome | tuple[Checkpoint, Earlier | None]:
     """What there is: an output that fits, or where to begin and what may be taken from before."""
+    subject, is_there = wish.subject, output.there()
     checkpoint = _begun(wish, trail, subject)
-    meta = trail.meta() if Path(wish.out).exists() else None
-    if checkpoint is None and Path(wish.out).exists():
-        differs = _differs(wish, trail, subject, meta)
+    meta = trail.meta() if is_there else None
+    kept = output.kept(meta.get("sink") or {"rows": meta.get("rows", 0)}) if meta is not None else None
+    if checkpoint is None and is_there:
+        differs = _differs(trail, subject, meta, kept)
         if meta is not None and not differs and not (wish.failed_only and meta.get("failed")):
             return _there(meta, trail)
         if differs and not wish.anew:
             text = f"{differs}. --force does it again, and buys only texts that are new"
-            raise DataError(f"{wish.out} is there, and is of something else: {text}")
-    return checkpoint or _beginning(subject), _earlier(wish, trail, meta)
+            raise DataError(f"{output.name} is there, and is of something else: {text}")
+    return checkpoint or _beginning(subject), _earlier(wish, trail, meta if kept is not None else None)
 
 
 def _begun(wish: Wish, trail: Trail, subject: Subject) -> Checkpoint | None:
@@ -124,7 +178,7 @@ def _begun(wish: Wish, trail: Trail, subject: Subject) -> Checkpoint | None:
         checkpoint = trail.checkpoint()
         if checkpoint is not None and (differs := subject.differs(checkpoint.subject)):
             text = f"{differs}. Give what was given then, or begin again with --force"
-            raise Lost(f"{wish.out} was begun and not ended, of something else: {text}")
+            raise Lost(f"{shown(wish.out)} was begun and not ended, of something else: {text}")
     except Lost:
         if not wish.anew:
             raise
@@ -133,15 +187,14 @@ def _begun(wish: Wish, trail: Trail, subject: Subject) -> Checkpoint | None:
     return checkpoint
 
 
-def _differs(wish: Wish, trail: Trail, subject: Subject, meta: Mapping[str, Any] | None) -> str:
+def _differs(trail: Trail, subject: Subject, meta: Mapping[str, Any] | None, kept: int | None) -> str:
     """Why the output that is there is not what is wished, for people; "" where it is."""
     if meta is None:
         return f"{trail.meta_file} does not say of what"
     if differs := subject.differs(meta.get("subject", {})):
         return differs
     rows = meta.get("rows", 0)
-    whole = open_sink(wish.out).vectors(max(0, rows - 1), min(1, rows)) is not None
-    return "" if whole else f"it does not hold the {rows} rows that {trail.meta_file} tells of"
+    return "" if kept == rows else f"it does not hold the {rows} rows that {trail.meta_file} tells of"
 
 
 def _beginning(subject: Subject) -> Checkpoint:
@@ -161,6 +214,10 @@ def _open(wish: Wish, sink: Sink, trail: Trail, checkpoint: Checkpoint) -> Check
     return checkpoint
 
 
+def _note(sink: Sink, trail: Trail, checkpoint: Checkpoint) -> Checkpoint:
+    return trail.note(msgspec.structs.replace(checkpoint, sink=dict(sink.sync())))
+
+
 def _there(meta: Mapping[str, Any], trail: Trail) -> Outcome:
     spent = Spent(meta.get("rows", 0), meta.get("failed", 0), kept=meta.get("rows", 0))
     return Outcome(meta.get("rows", 0), spent, 0.0, was_there=True, trail=trail)
@@ -168,7 +225,7 @@ def _there(meta: Mapping[str, Any], trail: Trail) -> Outcome:
 
 def _earlier(wish: Wish, trail: Trail, meta: Mapping[str, Any] | None) -> Earlier | None:
     """The output that is there, if its vectors are what this one wants."""
-    if meta is None or (meta.get("space"), meta.get("dimensions")) != (wish.space.id, wish.dimensions):
+    if meta is None or (meta.get("space"), meta.get("dimensions")) != (wish.space, wish.dimensions):
         return None
     known = trail.known(omitted=meta.get("subject", {}).get("failed") == "omit")
     return None if known is None else Earlier(known, open_sink(wish.out))
@@ -176,12 +233,13 @@ def _earlier(wish: Wish, trail: Trail, meta: Mapping[str, Any] | None) -> Earlie
 
 def _finish(wish: Wish, sink: Sink, trail: Trail, done: Checkpoint) -> None:
     trail.retract()
+    state = dict(sink.sync())
     sink.finish()
     spent = done.spent
     trail.finish(
         {
             "model": wish.model,
-            "space": wish.space.id,
+            "space": wish.space,
             "dimensions": wish.dimensions,
             "rows": done.rows - (spent.failed if wish.manner.omits else 0),
             "failed": spent.failed,
@@ -194,6 +252,7 @@ def _finish(wish: Wish, sink: Sink, trail: Trail, done: Checkpoint) -> None:
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(done.seconds, 3),
             "subject": msgspec.structs.asdict(wish.subject),
+            "sink": state,
             "versions": {"embedgate": __version__, "numpy": np.__version__, "python": platform.python_version()},
         },
         failed=spent.failed,

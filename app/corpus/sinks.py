@@ -1,6 +1,7 @@
 """Hides how an output file comes to be there whole or not at all, whatever its form; and which form is meant."""
 
 import errno
+import importlib.util
 import os
 import shutil
 import threading
@@ -11,9 +12,25 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from app.corpus.address import address, is_address
 from app.corpus.jsonl_sink import JsonlDraft
 from app.corpus.npy_sink import NpyDraft
 from app.corpus.rows import DataError, Lost, Matrix, Row, Shape, Sink
+
+
+class Output(Sink, Protocol):
+    """A sink with a place, where an output of an earlier run may be."""
+
+    name: str
+    """For people; says nothing secret."""
+    companions: str
+    """What the names of files that belong to it begin with."""
+
+    def there(self) -> bool:
+        """Whether anything lies at its place."""
+
+    def kept(self, state: Mapping[str, Any]) -> int | None:
+        """Of the output that was finished at this state of `sync`, how many rows are there; None: it is another one."""
 
 
 class Draft(Protocol):
@@ -41,8 +58,10 @@ class Draft(Protocol):
         """Vectors of the finished file at `path`, fewer where it ends; ValueError, KeyError, TypeError: it is none."""
 
 
-def open_sink(out: str) -> Sink:
-    """The sink for the file `out`, in the form that its suffix names. Raises DataError where there is none."""
+def open_sink(out: str) -> Output:
+    """The sink for a file, in the form that its suffix names, or for a table. Raises DataError where there is none."""
+    if is_address(out):
+        return _postgres(out)
     path = Path(out)
     partial = path.with_name(f"{path.name}.partial")
     match path.suffix.lower():
@@ -51,18 +70,45 @@ def open_sink(out: str) -> Sink:
         case ".jsonl":
             return _FileSink(path, partial, JsonlDraft(partial))
         case ".parquet" | ".arrow" as suffix:
-            try:
-                from app.corpus.arrow_sink import ArrowDraft, ParquetDraft
-            except ModuleNotFoundError:
-                raise DataError(f"{out}: {suffix} needs the package pyarrow (embedgate[data])") from None
+            _need(f"{out}: {suffix}", "pyarrow", extra="data")
+            from app.corpus.arrow_sink import ArrowDraft, ParquetDraft
+
             return _FileSink(path, partial, (ParquetDraft if suffix == ".parquet" else ArrowDraft)(partial))
-    raise DataError(f"{out}: is of no form that can be written: use .npy, .parquet, .arrow or .jsonl")
+        case ".lance":
+            return _lance(path)
+    forms = ".npy, .parquet, .arrow or .jsonl, or for a table .lance or postgresql://…#table"
+    raise DataError(f"{out}: is of no form that can be written: use {forms}")
+
+
+def _lance(path: Path) -> Output:
+    _need(f"{path}: .lance", "pyarrow", "lancedb", extra="lance")
+    from app.corpus.lance_sink import LanceStore
+    from app.corpus.table_sink import TableSink
+
+    return TableSink(LanceStore(path), str(path))
+
+
+def _postgres(out: str) -> Output:
+    place = address(out)
+    _need(f"{place.name}: Postgres", "pyarrow", "pgvector", extra="data")
+    from app.corpus.pgvector_sink import PgvectorStore
+    from app.corpus.table_sink import TableSink
+
+    return TableSink(PgvectorStore(place), place.companions)
+
+
+def _need(what: str, *packages: str, extra: str) -> None:
+    """Raises DataError where one is not installed; imports none."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise DataError(f"{what} needs the package {package} (embedgate[{extra}])")
 
 
 class _FileSink:
     """See `Sink`. After a DataError it is closed, and may be opened again."""
 
     def __init__(self, path: Path, partial: Path, draft: Draft) -> None:
+        self.name = self.companions = str(path)
         self._path = path
         self._partial = partial
         self._draft = draft
@@ -127,10 +173,19 @@ class _FileSink:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise DataError(f"{self._path}: cannot be read: {_reason(error)}") from error
+            raise DataError(f"{self._path}: cannot be read: {reason(error)}") from error
         except (ValueError, KeyError, TypeError):
             return None
         return found if len(found) == count else None
+
+    def there(self) -> bool:
+        """See `Output`."""
+        return self._path.exists()
+
+    def kept(self, state: Mapping[str, Any]) -> int | None:
+        """See `Output`. Of a file that ends before, none."""
+        rows: int = state["rows"]
+        return rows if self.vectors(max(0, rows - 1), min(1, rows)) is not None else 0
 
     def _has(self, rows: int) -> bool:
         """Whether there is a finished output of just so many rows."""
@@ -150,10 +205,11 @@ class _FileSink:
             raise
         except OSError as error:
             self.close()
-            raise DataError(f"{self._path}: cannot be written: {_reason(error)}") from error
+            raise DataError(f"{self._path}: cannot be written: {reason(error)}") from error
 
 
-def _reason(error: OSError) -> str:
+def reason(error: OSError) -> str:
+    """What is wrong, for people."""
     return os.strerror(error.errno) if error.errno else str(error)
 
 

@@ -3,23 +3,22 @@
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 
 from app.corpus.rows import Matrix, Row, Sink, Source
 from app.corpus.trail import Checkpoint, Failed, Known, Spent, Trail, hash_of
-from app.domain import EmbeddingRequest, EmbeddingResult
+from app.domain import EmbeddingRequest, EmbeddingResult, Vector
 from app.errors import EmbedgateError
+from app.job import Work
 from app.jobs.patience import Patient
 
-COMMIT_S: Final = 1.0
-"""How old a row that is done may be before it is safe, so long as the one before it is done, too."""
-
+_LOOK_S: Final = 1.0
 _READ_ROWS = 1000
 
 
@@ -30,20 +29,44 @@ class GaveUp(Exception):
 class Engine(Protocol):
     """The one door, see `Gateway`."""
 
-    async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+    async def embed(self, request: EmbeddingRequest, bought: Mapping[bytes, Vector] = ...) -> EmbeddingResult:
         """One vector per text, in order."""
+
+
+class Supply(Protocol):
+    """What is bought of rows before their turn, see `Preorders`."""
+
+    async def run(self, start: int) -> None:
+        """Buys for the rows from `start` on."""
+
+    async def bought(self, rows: Sequence[Row]) -> tuple[Mapping[bytes, Vector], Work]:
+        """Vectors by key, and what these took that were not told of before."""
+
+
+class Means(NamedTuple):
+    """How texts become vectors: `ask` makes the request for some texts, `engine` answers it.
+
+    `complaint` says why nobody will be answered before somebody mends that, "" while somebody may. What `supply` buys
+    is not bought again.
+    """
+
+    engine: Engine
+    ask: Callable[[Sequence[str]], EmbeddingRequest]
+    complaint: Callable[[], str]
+    supply: Supply | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Manner:
     """How rows are asked for.
 
-    `batch_rows` in a request, at most `rows_at_once` in all. A row without a vector is left out if `omits`, else it is
-    one of NaN.
+    `batch_rows` in a request, at most `rows_at_once` in all; so many `span_rows` are ordered together where that is
+    wanted. A row without a vector is left out if `omits`, else it is one of NaN.
     """
 
     batch_rows: int = 100
     rows_at_once: int = 4096
+    span_rows: int = 4096
     give_up_after_s: float = 3600.0
     omits: bool = False
 
@@ -69,22 +92,22 @@ class Earlier(NamedTuple):
 
 
 class Stream:
-    """One run of `source` into `sink`, from a `checkpoint` on; `ask` makes the request for some texts.
+    """One run of `source` into `sink`, from a `checkpoint` on.
 
-    `told` hears of every checkpoint. A caller that cancels `run` loses what was not noted, a second's work.
+    What is done is noted at once, while the next rows are under way; `told` hears of every checkpoint. A caller that
+    cancels `run` loses what was not noted.
     """
 
     def __init__(
-        self, source: Source, sink: Sink, trail: Trail, engine: Engine, manner: Manner, *,
-        ask: Callable[[Sequence[str]], EmbeddingRequest], dimensions: int, checkpoint: Checkpoint,
-        told: Callable[[Checkpoint], None], earlier: Earlier | None = None, rng: random.Random,
+        self, source: Source, sink: Sink, trail: Trail, means: Means, manner: Manner, *, dimensions: int,
+        checkpoint: Checkpoint, told: Callable[[Checkpoint], None], earlier: Earlier | None = None, rng: random.Random,
     ) -> None:  # fmt: skip
         self._source = source
         self._sink = sink
         self._trail = trail
-        self._patient = Patient(engine.embed, attempts=1, rng=rng)  # the engine has tried as often as it may
+        self._patient = Patient(means.engine.embed, attempts=1, rng=rng)  # the engine has tried as often as it may
         self._manner = manner
-        self._ask = ask
+        self._means = means
         self._dimensions = dimensions
         self._checkpoint = checkpoint
         self._told = told
@@ -92,7 +115,7 @@ class Stream:
         self._under_way: deque[asyncio.Task[_Done]] = deque()
         self._settled: list[_Done] = []
         self._clock = asyncio.get_running_loop().time
-        self._begun_at = self._settled_at = self._noted_at = self._clock()
+        self._begun_at = self._settled_at = self._clock()
         self._before_s = checkpoint.seconds
 
     async def run(self) -> Checkpoint:
@@ -105,35 +128,44 @@ class Stream:
         return self._checkpoint
 
     async def _run(self, group: asyncio.TaskGroup) -> None:
+        supply = self._means.supply
+        supplying = group.create_task(supply.run(self._checkpoint.rows)) if supply else None
         rows = self._source.read(self._checkpoint.rows)
         ready: deque[Sequence[Row]] = deque()
+        noting: asyncio.Task[None] | None = None
         more = True
-        while more or ready or self._under_way:
+        while more or ready or self._under_way or self._settled or noting:
             if more and len(ready) < self._manner.requests:
                 read = await asyncio.to_thread(_chunks, rows, self._manner.batch_rows)
                 more = bool(read)
                 ready += read
-            while ready and len(self._under_way) < self._manner.requests:
+            while ready and len(self._under_way) + len(self._settled) < self._manner.requests:
                 self._under_way.append(group.create_task(self._chunk(ready.popleft())))
-            await self._wait()
+            await self._wait(noting)
             self._collect()
-            if reason := self._why_not_on():
-                await self._commit()
+            noting = None if noting is None or noting.done() else noting
+            if noting is None and (reason := self._why_not_on()):
+                await self._note()
                 raise GaveUp(reason)
-            last = not (more or ready or self._under_way)
-            if self._settled and (last or self._clock() - self._noted_at >= COMMIT_S):
-                await self._commit()
+            if noting is None and self._settled:
+                noting = group.create_task(self._note())
+        if supplying is not None:
+            supplying.cancel()
 
-    async def _wait(self) -> None:
-        """Until the first chunk is done, or it is time to note what is."""
-        if self._under_way and not self._under_way[0].done():
-            await asyncio.wait([self._under_way[0]], timeout=COMMIT_S)
+    async def _wait(self, noting: asyncio.Task[None] | None) -> None:
+        """Until the first chunk is done, or what was done is noted, or it is time to look how it goes."""
+        awaited: list[asyncio.Task[Any]] = [*islice(self._under_way, 1), *([noting] if noting else [])]
+        if awaited and not any(work.done() for work in awaited):
+            await asyncio.wait(awaited, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
 
     def _why_not_on(self) -> str:
         if self._patient.broke:
             return "the budget is spent"
         idle_s = self._clock() - self._settled_at
-        return f"no row was done for {idle_s:.0f} s" if idle_s > self._manner.give_up_after_s else ""
+        if idle_s > self._manner.give_up_after_s:
+            why = f" ({self._patient.heard})" if self._patient.heard else ""
+            return f"no row was done for {idle_s:.0f} s{why}"
+        return self._means.complaint() if idle_s > _LOOK_S else ""
 
     def _collect(self) -> None:
         while self._under_way and self._under_way[0].done():
@@ -153,8 +185,12 @@ class Stream:
         answers |= kept
         wanted = [row for row in rows if row.number not in answers]
         spent = Spent(len(rows), 0, len(kept))
+        bought: Mapping[bytes, Vector] = {}
+        if self._means.supply is not None:
+            bought, work = await self._means.supply.bought(rows)
+            spent += Spent(cached=work.cached, calls=work.calls, nano_usd=work.nano_usd)
         if wanted:
-            brought, took = await self._bought(wanted)
+            brought, took = await self._embedded(wanted, bought)
             answers |= brought
             spent += took
         failed = sum(isinstance(answer, Failed) for answer in answers.values())
@@ -167,23 +203,25 @@ class Stream:
             return {}
         return await asyncio.to_thread(_reused, self._earlier, rows)
 
-    async def _bought(self, rows: Sequence[Row]) -> tuple[dict[int, bytes | Failed], Spent]:
-        """Of the engine; where it will not have them together, each by itself."""
-        result = await self._patient.ask(self._ask([row.text for row in rows]))
+    async def _embedded(
+        self, rows: Sequence[Row], bought: Mapping[bytes, Vector]
+    ) -> tuple[dict[int, bytes | Failed], Spent]:
+        """By the engine; what it will not have together, each by itself."""
+        result = await self._patient.ask(self._means.ask([row.text for row in rows]), bought)
         if isinstance(result, EmbeddingResult):
             return dict(zip((row.number for row in rows), result.vectors, strict=True)), _took(result)
         if len(rows) == 1:
             return {rows[0].number: Failed(rows[0].number, rows[0].id, _reason(result))}, Spent()
         answers: dict[int, bytes | Failed] = {}
         spent = Spent()
-        for each in await asyncio.gather(*(self._bought([row]) for row in rows)):
+        for each in await asyncio.gather(*(self._embedded([row], bought) for row in rows)):
             answers |= each[0]
             spent += each[1]
         return answers, spent
 
     # ── what is done ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _commit(self) -> None:
+    async def _note(self) -> None:
         """Writes what is settled: data, then what belongs to it, then how far that is."""
         settled, self._settled = self._settled, []
         if not settled:
@@ -195,7 +233,6 @@ class Stream:
         seconds = self._before_s + self._clock() - self._begun_at
         after = msgspec.structs.replace(self._checkpoint, rows=rows, spent=spent, seconds=seconds)
         self._checkpoint = await asyncio.to_thread(self._written, settled, after)
-        self._noted_at = self._clock()
         self._told(self._checkpoint)
 
     def _written(self, settled: Sequence[_Done], after: Checkpoint) -> Checkpoint:

@@ -1,6 +1,7 @@
 """Hides what a run leaves beside its output: how far it is, what failed, what every row was, what came of it all."""
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from hashlib import blake2b
@@ -68,13 +69,15 @@ class Checkpoint(msgspec.Struct, frozen=True):
 class Trail:
     """The files beside the output `out`: `.progress`, `.failed.jsonl`, `.hashes`, `.meta.json`. Raises DataError.
 
-    What is written is safe once `note` has returned, and all of it, or none.
+    What is written is safe once `note` has returned, and all of it, or none. What is ordered from a vendor is noted by
+    others, in the folder `.orders`.
     """
 
     def __init__(self, out: str) -> None:
         self.progress_file, self.failed_file, self.hashes_file, self.meta_file = (
             Path(f"{out}.{end}") for end in ("progress", "failed.jsonl", "hashes", "meta.json")
         )
+        self.orders_folder = Path(f"{out}.orders")
         self._hashes: FileIO | None = None
         self._failed: FileIO | None = None
 
@@ -143,6 +146,7 @@ class Trail:
                 _partial(self.failed_file).unlink(missing_ok=True)
                 self.failed_file.unlink(missing_ok=True)
             _write(self.meta_file, orjson.dumps(meta, option=orjson.OPT_INDENT_2) + b"\n")
+            self._forget_orders()
             self.progress_file.unlink(missing_ok=True)
         except OSError as error:
             raise _unwritten(self.meta_file, error) from error
@@ -159,8 +163,13 @@ class Trail:
         try:
             for file in (self.progress_file, _partial(self.hashes_file), _partial(self.failed_file)):
                 file.unlink(missing_ok=True)
+            self._forget_orders()
         except OSError as error:
             raise _unwritten(self.progress_file, error) from error
+
+    def _forget_orders(self) -> None:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.orders_folder)
 
     # ── an output that is there ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -174,14 +183,17 @@ class Trail:
 
     def known(self, *, omitted: bool) -> "Known | None":
         """Which texts the rows of a finished output are of, from which failed ones were `omitted`; None: not known."""
-        found, failed = _read(self.hashes_file), None if omitted else _read(self.failed_file)
-        if found is None or len(found) % HASH_BYTES:
+        found, failed = _read(self.hashes_file), () if omitted else self.failed()
+        if found is None or len(found) % HASH_BYTES or failed is None:
             return None
-        try:
-            without = [msgspec.json.decode(line, type=Failed).row for line in (failed or b"").splitlines()]
-        except msgspec.MsgspecError:
-            return None
-        return Known(found, without)
+        return Known(found, [each.row for each in failed])
+
+    def failed(self) -> Sequence[Failed] | None:
+        """Rows of a finished output that have no vector; None: it cannot be read which."""
+        with suppress(msgspec.MsgspecError):
+            lines = (_read(self.failed_file) or b"").splitlines()
+            return [msgspec.json.decode(line, type=Failed) for line in lines]
+        return None
 
 
 class Known:

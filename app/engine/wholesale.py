@@ -87,6 +87,7 @@ class Wholesale:
         self._parts = parts
         self._vendors = vendors
         self._clock = clock
+        self._troubles: dict[str, ProviderError] = {}
 
     async def aclose(self) -> None:
         """Gives back connections."""
@@ -96,6 +97,12 @@ class Wholesale:
     def sells(self, model: str) -> bool:
         """Whether there are batches for this model; and so long there are, parcels made for them can be followed."""
         return self._gate(model) is not None
+
+    def trouble(self, model: str) -> tuple[str, ProviderError] | None:
+        """Where parcels of this model are ordered, and what went wrong there last; None: nothing that is known."""
+        gate = self._gate(model)
+        error = None if gate is None else self._troubles.get(gate.name)
+        return None if gate is None or error is None else (gate.name, error)
 
     def _gate(self, model: str) -> Gate | None:
         """Of the deployments that have batches the one that the operator likes most."""
@@ -148,6 +155,7 @@ class Wholesale:
             await self._parts.budgets.reserve(bounds, cost, within_s=0.0)
         try:
             vendor_id = await self._batches(parcel).submit(name, parcel.texts, parcel.space)
+            self._troubles.pop(parcel.deployment, None)
             self._book_order(name, parcel)
         except ProviderError as error:
             if error.may_cost:
@@ -168,7 +176,9 @@ class Wholesale:
 
     async def poll(self, vendor_id: str, parcel: Parcel) -> BatchState:
         """How it stands. Raises ProviderErrors."""
-        return await self._batches(parcel).poll(vendor_id)
+        state = await self._batches(parcel).poll(vendor_id)
+        self._troubles.pop(parcel.deployment, None)
+        return state
 
     async def cancel(self, vendor_id: str, parcel: Parcel) -> None:
         """Asks for it to end. Raises ProviderErrors."""
@@ -207,6 +217,7 @@ class Wholesale:
 
     def troubled(self, name: str, parcel: Parcel, error: ProviderError) -> None:
         """Something did not go as it should; it will be tried again."""
+        self._troubles[parcel.deployment] = error
         self._tell("troubled", name, parcel, reason=f"{type(error).__name__}: {error}")
 
     def _batches(self, parcel: Parcel) -> BatchProvider:

@@ -3,11 +3,11 @@
 import asyncio
 import random
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 
-from app.domain import EmbeddingRequest, EmbeddingResult
+from app.domain import EmbeddingRequest, EmbeddingResult, Vector
 from app.errors import (
     BudgetExhausted,
     DeadlineExceeded,
@@ -51,15 +51,18 @@ class Cooldown:
 class Patient:
     """Asks `embed` for all who wait together: whoever is told to come again tells the others.
 
-    What fails is tried `attempts` times, after `base_s`, then after twice as long, at most `cap_s`.
+    What fails is tried `attempts` times, after `base_s`, then after twice as long, at most `cap_s`. `embed` takes what
+    `ask` is called with.
     """
 
     def __init__(
-        self, embed: Callable[[EmbeddingRequest], Awaitable[EmbeddingResult]], *, attempts: int, rng: random.Random,
+        self, embed: Callable[..., Awaitable[EmbeddingResult]], *, attempts: int, rng: random.Random,
         base_s: float = 0.5, cap_s: float = 60.0,
     ) -> None:  # fmt: skip
         self.broke = False
         """Whether there is no money left: then nobody is asked any more."""
+        self.heard: EmbedgateError | None = None
+        """Why whoever was told to come again was, the last one of all, if nobody was answered since."""
         self._embed = embed
         self._attempts = attempts
         self._rng = rng
@@ -68,7 +71,9 @@ class Patient:
         self._cooldown = Cooldown(rng)
         self._clock = asyncio.get_running_loop().time
 
-    async def ask(self, request: EmbeddingRequest) -> EmbeddingResult | EmbedgateError:
+    async def ask(
+        self, request: EmbeddingRequest, *bought: Mapping[bytes, Vector]
+    ) -> EmbeddingResult | EmbedgateError:  # fmt: skip
         """Its answer, however long that takes; or the error that no other try would mend.
 
         What only has to wait is no try; and who has tried in vain goes on while nobody is there for others, either.
@@ -81,14 +86,16 @@ class Patient:
                 await asyncio.sleep(wait_s)
                 continue
             try:
-                result = await self._embed(msgspec.structs.replace(request, deadline=now + _TRY_S))
+                result = await self._embed(msgspec.structs.replace(request, deadline=now + _TRY_S), *bought)
             except BudgetExhausted:
                 self.broke = True
             except (RateLimited, TryAgainLater) as error:
+                self.heard = error
                 if error.retry_after_s is None:
                     return error
                 self._cooldown.refused(self._clock(), error.retry_after_s)
             except (UpstreamFailed, DeadlineExceeded, InternalError) as error:
+                self.heard = error
                 tries += 1
                 if tries >= self._attempts:
                     if await self._is_served(request):
@@ -100,6 +107,7 @@ class Patient:
                 return error
             else:
                 self._cooldown.answered()
+                self.heard = None
                 return result
         raise asyncio.CancelledError
 

@@ -144,6 +144,20 @@ class EmbedSettings(Section):
     safety_buffer: float = Field(default=0.0, ge=0, le=0.9)
     min_request_tokens: int = Field(default=1000, ge=1, le=1_000_000)
     give_up_after_s: Seconds = 3600.0
+    tier: Tier = "online"
+
+
+class IndexSettings(Section):
+    """`[index]`: how `embedgate index` cuts and skips files, unless its options say otherwise.
+
+    Chunks have at most `chunk_tokens`, and begin with at most `overlap_tokens` of the one before, never more than the
+    model takes and an eighth of that. Of all files the part `max_failed` may fail.
+    """
+
+    chunk_tokens: int = Field(default=2048, ge=32, le=100_000)
+    overlap_tokens: int = Field(default=200, ge=0, le=10_000)
+    max_file_bytes: int = Field(default=2**20, ge=1024, le=2**30)
+    max_failed: float = Field(default=0.05, ge=0, le=1)
 
 
 class ModelSettings(Section):
@@ -264,6 +278,7 @@ class Settings(Section):
     ledger: LedgerSettings = LedgerSettings()
     bulk: BulkSettings = BulkSettings()
     embed: EmbedSettings = EmbedSettings()
+    index: IndexSettings = IndexSettings()
     deployments: Annotated[dict[Name, DeploymentSettings], Field(min_length=1)]
     models: Annotated[dict[Name, ModelSettings], Field(min_length=1)]
     tenants: dict[Name, TenantSettings] = {}  # noqa: RUF012 — pydantic copies it
@@ -310,6 +325,7 @@ FIELDS: Final[Mapping[str, Mapping[str, FieldInfo]]] = MappingProxyType(
         "ledger": LedgerSettings.model_fields,
         "bulk": BulkSettings.model_fields,
         "embed": EmbedSettings.model_fields,
+        "index": IndexSettings.model_fields,
         "deployments": RemoteDeployment.model_fields | LocalDeployment.model_fields,
         "models": ModelSettings.model_fields,
         "tenants": TenantSettings.model_fields,

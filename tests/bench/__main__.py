@@ -10,7 +10,7 @@ import time
 
 import uvloop
 
-from tests.bench import batching, bulk, cached, growth, idle, largest, local_model, waiting
+from tests.bench import batching, bulk, cached, datasets, growth, idle, largest, local_model, waiting
 from tests.bench.figures import Figure, keep, table
 from tests.bench.processes import LOADING, RESULTS, place
 
@@ -23,6 +23,7 @@ _MEASUREMENTS = {
     "local": local_model.measure,
     "growth": growth.measure,
     "bulk": bulk.measure,
+    "datasets": datasets.measure,
 }
 
 

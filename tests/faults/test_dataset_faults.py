@@ -24,7 +24,7 @@ from tests.identity import identifying_vectors
 ROOT = Path(__file__).parents[2]
 MODEL, WIDTH = "tiny", 16
 POOL, BATCH = 4, 100
-SAFE_S = 0.5
+SAFE_S = 0.25
 """After which an answer is on disk, in the output or in the cache."""
 CONFIGURATION = """
 [deployments.main]

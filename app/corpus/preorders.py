@@ -1,0 +1,209 @@
+"""Hides how rows are bought in the vendor's own batches: ordered ahead of the stream, and there when it needs them."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from app.corpus.rows import DataError, Row, Source
+from app.corpus.trail import Known, hash_of
+from app.domain import EmbeddingRequest, Vector
+from app.engine.wholesale import Wholesale
+from app.errors import TryAgainLater
+from app.job import NO_WORK, Work
+from app.jobs.vendor import Brought, VendorPath, Wait
+from app.storage.blobs import LocalBlobs
+
+WINDOW_S: Final = 18 * 3600.0
+"""So long the vendor has, who promises a day; then what is not there goes the ordinary way."""
+
+_AHEAD_SPANS = 64  # that are ordered while the first of them has not come
+_REQUEST_ROWS = 500  # that are looked up in the cache at once
+_RUN = "run"
+
+
+class _Run(msgspec.Struct, frozen=True):
+    """What holds for all spans: `name` is like no other's; since when (Unix seconds)."""
+
+    name: str
+    span_rows: int
+    since_s: float
+
+
+class Preorders:
+    """Rows of `source` in spans of about `span_rows`, each ordered as a whole; what is noted of them lies in `folder`.
+
+    `ask` makes the request for some texts; those that are `known` need not be bought. `told` hears how many spans are
+    ordered, and how many of these are over.
+    """
+
+    def __init__(
+        self, source: Source, folder: Path, wholesale: Wholesale, ask: Callable[[Sequence[str]], EmbeddingRequest], *,
+        span_rows: int, known: Known | None, told: Callable[[int, int], None],
+    ) -> None:  # fmt: skip
+        self._source = source
+        self._folder = folder
+        self._wholesale = wholesale
+        self._ask = ask
+        self._known = known
+        self._told = told
+        self._plan = _Run(f"embed_{secrets.token_hex(12)}", span_rows, time.time())
+        self._reader = _SpanReader(source)
+        self._room = asyncio.Semaphore(_AHEAD_SPANS)
+        self._over: dict[int, asyncio.Future[_Span]] = {}
+        self._brought: dict[int, asyncio.Task[Brought]] = {}
+        self._ready = asyncio.Event()
+        self._counts = [0, 0]
+
+    async def run(self, start: int) -> None:
+        """Orders what the rows from `start` on need, and sees to it, until it is cancelled. Raises DataError."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                await self._run(start)
+        except BaseExceptionGroup as failures:
+            first = failures.exceptions[0]
+            if isinstance(first, OSError):
+                raise DataError(f"{self._folder}: cannot be used: {first.strerror}") from first
+            raise first from None
+
+    async def _run(self, start: int) -> None:
+        self._blobs = await asyncio.to_thread(LocalBlobs, self._folder)
+        self._path = VendorPath(self._blobs, self._wholesale)
+        await self._resume()
+        self._ready.set()
+        for number in range(start // self._plan.span_rows, -(-self._source.rows // self._plan.span_rows)):
+            await self._room.acquire()
+            span = _Span(number, self._plan, self._blobs, self._requests)
+            await span.remember()
+            wait = await self._look(span)  # then it is written down, and ordered if the vendor takes it now
+            self._count(1, 0)
+            self._tasks.create_task(self._follow(span, wait))
+        await asyncio.Future()  # what is over is brought when it is needed
+
+    async def bought(self, rows: Sequence[Row]) -> tuple[dict[bytes, Vector], Work]:
+        """What the batches brought for neighbouring rows, by key, beside others; and what spans took that begin here.
+
+        Waits until they are over. Later calls are for later rows.
+        """
+        await self._ready.wait()
+        vectors: dict[bytes, Vector] = {}
+        work = NO_WORK
+        first, last = (row.number // self._plan.span_rows for row in (rows[0], rows[-1]))
+        for number in range(first, last + 1):
+            brought = await self._bring(number)
+            vectors |= brought.vectors
+            work += brought.work if rows[0].number <= number * self._plan.span_rows else NO_WORK
+        self._let_go(first)
+        return vectors, work
+
+    # ── spans ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _resume(self) -> None:
+        """What an earlier run has decided stays so."""
+        try:
+            words = b"".join([data async for data in self._blobs.reading(_RUN)])
+        except FileNotFoundError:
+            async with self._blobs.writing(_RUN) as writer:
+                await writer.write(msgspec.msgpack.encode(self._plan))
+        else:
+            self._plan = msgspec.msgpack.decode(words, type=_Run)
+
+    async def _follow(self, span: "_Span", wait: Wait | None) -> None:
+        while wait is not None:
+            await asyncio.sleep(wait.for_s)
+            wait = await self._look(span)
+        self._count(0, 1)
+        self._future(span.number).set_result(span)
+
+    async def _look(self, span: "_Span") -> Wait | None:
+        try:
+            return await self._path.look(span)
+        except TryAgainLater as later:
+            return Wait(later.retry_after_s)
+
+    def _count(self, ordered: int, over: int) -> None:
+        self._counts = [self._counts[0] + ordered, self._counts[1] + over]
+        self._told(*self._counts)
+
+    def _future(self, number: int) -> "asyncio.Future[_Span]":
+        return self._over.setdefault(number, asyncio.get_running_loop().create_future())
+
+    async def _bring(self, number: int) -> Brought:
+        """Downloaded once for all who need it."""
+        if number not in self._brought:
+            self._brought[number] = self._tasks.create_task(self._download(number))
+        return await asyncio.shield(self._brought[number])
+
+    async def _download(self, number: int) -> Brought:
+        span = await self._future(number)
+        while True:
+            found = await self._path.bring(span)
+            if not isinstance(found, Wait):
+                return found
+            await asyncio.sleep(found.for_s)
+
+    def _let_go(self, first: int) -> None:
+        """Of spans before the one before this."""
+        for number in [number for number in self._brought if number < first - 1]:
+            del self._brought[number]
+            self._room.release()
+
+    async def _requests(self, number: int) -> AsyncIterator[EmbeddingRequest]:
+        rows = await asyncio.to_thread(self._reader.read, number, self._plan.span_rows)
+        texts = [row.text for row in rows if row.text and not (self._known and self._known.row(hash_of(row)))]
+        for at in range(0, len(texts), _REQUEST_ROWS):
+            yield self._ask(texts[at : at + _REQUEST_ROWS])
+
+
+class _SpanReader:
+    """Reads spans one after the other in one go through the source, and any other one from its beginning. Blocks."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._rows: Iterator[Row] = iter(())
+        self._at = -1
+
+    def read(self, number: int, span_rows: int) -> list[Row]:
+        if number != self._at:
+            self._rows = self._source.read(number * span_rows)
+        self._at = number + 1
+        return [*islice(self._rows, span_rows)]
+
+
+class _Span:
+    """See `Errand`: some neighbouring rows."""
+
+    fence = 0  # nobody else works on them
+
+    def __init__(
+        self, number: int, plan: _Run, blobs: LocalBlobs, requests: Callable[[int], AsyncIterator[EmbeddingRequest]]
+    ) -> None:  # fmt: skip
+        self.number = number
+        self.name = f"{plan.name}-{number}"
+        self.folder = f"spans/{number:06}"
+        self.until_s = plan.since_s + WINDOW_S
+        self.note = b""
+        self._blobs = blobs
+        self._requests = requests
+
+    async def remember(self) -> None:
+        """Goes on from what was noted."""
+        try:
+            self.note = b"".join([data async for data in self._blobs.reading(f"{self.folder}/note")])
+        except FileNotFoundError:
+            self.note = b""
+
+    def requests(self) -> AsyncIterator[EmbeddingRequest]:
+        """See `Errand`."""
+        return self._requests(self.number)
+
+    async def noted(self, words: bytes) -> None:
+        """See `Errand`."""
+        async with self._blobs.writing(f"{self.folder}/note") as writer:
+            await writer.write(words)
+        self.note = words
