@@ -65,8 +65,9 @@ What it was made of stands in OUT.meta.json. Exit code 3: some rows have no vect
 HELP = with_examples(_EMBED)
 _LINE_ROWS = 1000
 _BATCH_ROWS, _LEAST_ROWS_AT_ONCE, _MOST_ROWS_AT_ONCE = 100, 256, 8192
+_WINDOWS = 3  # of what is in flight at most: who waits in the queue, and who waits to be written
 _VECTORS_BYTES = 48 * 2**20  # of rows under way, about
-_LEAST_SPAN_ROWS, _MOST_SPAN_ROWS, _SPAN_BYTES = 1000, 8192, 12 * 2**20  # of rows that are ordered together
+_LEAST_SPAN_ROWS, _MOST_SPAN_ROWS, _SPAN_BYTES = 1000, 8192, 10 * 2**20  # of rows that are ordered together
 
 
 def embed(  # noqa: PLR0913 — a command has its options
@@ -267,12 +268,12 @@ def _wish(at: "Desk", source: "Source", given: "_Given") -> "Wish":
 
     route, width = at.plan.route, at.plan.space.dimensions
     limits = [at.runtime.settings.deployments[each.name].limits() for each in route.deployments]
-    texts = sum(2 * each.max_in_flight * each.max_batch_items for each in limits)
+    texts = sum(_WINDOWS * each.max_in_flight * each.max_batch_items for each in limits)
     most = min(_MOST_ROWS_AT_ONCE, max(_LEAST_ROWS_AT_ONCE, _VECTORS_BYTES // (4 * width)))
     span_rows = min(_MOST_SPAN_ROWS, max(_LEAST_SPAN_ROWS, _SPAN_BYTES // (4 * width)))
     manner = Manner(
         batch_rows=min(_BATCH_ROWS, *(each.max_batch_items for each in limits)),
-        rows_at_once=min(most, max(_LEAST_ROWS_AT_ONCE, texts), span_rows),
+        rows_at_once=min(most, max(_LEAST_ROWS_AT_ONCE, texts), span_rows if at.wholesale else most),
         span_rows=span_rows,
         give_up_after_s=at.runtime.settings.embed.give_up_after_s,
         omits=given.omits,

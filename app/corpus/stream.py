@@ -248,11 +248,9 @@ class Stream:
         return self._trail.note(msgspec.structs.replace(after, sink=dict(self._sink.sync())))
 
     def _matrix(self, answers: Sequence[bytes | Failed]) -> Matrix:
-        matrix = np.full((len(answers), self._dimensions), np.nan, np.float32)
-        for row, answer in zip(matrix, answers, strict=True):
-            if isinstance(answer, bytes):
-                row[:] = np.frombuffer(answer, "<f4")
-        return matrix
+        none = np.full(self._dimensions, np.nan, "<f4").tobytes()
+        data = b"".join(answer if isinstance(answer, bytes) else none for answer in answers)
+        return np.frombuffer(data, "<f4").reshape(len(answers), self._dimensions)
 
 
 def _chunks(rows: Iterator[Row], size: int) -> list[Sequence[Row]]:
