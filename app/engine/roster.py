@@ -52,6 +52,8 @@ class Roster:
         self._several_tenants = several_tenants
         self._chosen: Counter[str] = Counter()
         self._refusals: dict[tuple[str, Priority, bool], _Refusal] = {}
+        self._looked_at = -math.inf
+        self._left_alone: set[str] = set()
 
     def outage_s(self) -> float | None:
         """Seconds until the earliest probe when every deployment is out; None while one can be asked."""
@@ -66,8 +68,10 @@ class Roster:
 
     def enter(self, wishes: Sequence[Demand]) -> tuple[Gate, Demand] | None:
         """Takes a slot for the first of `wishes` that somebody can serve now; None: see `next_change_s`."""
+        self._looked_at = self._clock()
         for gate in self._gates:
             gate.breaker.check_stall()
+        self._left_alone = {gate.name for gate in self._gates if gate.breaker.retry_in_s()}
         for wish in wishes:
             chosen = self._choose(wish)
             if chosen is not None and chosen.enter(wish.priority, self._clock()):
@@ -76,13 +80,16 @@ class Roster:
         return None
 
     def next_change_s(self, wishes: Sequence[Demand]) -> float | None:
-        """When waiting for a bell would be too long: a probe, a stall, quota or the end of a rest falls due."""
+        """When waiting for a bell would be too long: a probe, a stall, quota or the end of a rest falls due.
+
+        What has fallen due since `enter` looked does so now: there may be no bell any more that would tell.
+        """
         now = self._clock()
-        probes = [wait_s for gate in self._gates if (wait_s := gate.breaker.retry_in_s())]
+        probes = [gate.breaker.retry_in_s() for gate in self._gates if gate.name in self._left_alone]
         stalls = [stall_s for gate in self._gates if (stall_s := gate.breaker.stall_in_s()) is not None]
         times = [wish.rest_until for wish in wishes]
         times += [at for refusal in self._refusals.values() for at in (refusal.again_at, refusal.open_at)]
-        return min(probes + stalls + [at - now for at in times if now < at < math.inf], default=None)
+        return min(probes + stalls + [at - now for at in times if self._looked_at < at < math.inf], default=None)
 
     # ── pace ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
