@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from app import __version__
-from app.cli import cache, embed, jobs, keys, tenants, usage
+from app.cli import cache, embed, index, jobs, keys, search, tenants, usage
 from app.cli.running import Config, run, with_examples
 from app.domain import Route
 from app.errors import ConfigurationError
@@ -66,6 +66,8 @@ command.add_typer(keys.commands, name="keys")
 command.add_typer(jobs.commands, name="jobs")
 command.command(help=usage.HELP)(usage.usage)
 command.command(help=embed.HELP)(embed.embed)
+command.command(help=index.HELP)(index.index)
+command.command(help=search.HELP)(search.search)
 
 _CHECK = """
 Say what is wrong with the configuration (exit code 2), or print what is in force: defaults, tiers, headroom and catalog

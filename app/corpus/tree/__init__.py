@@ -1,0 +1,1 @@
+"""Source trees in, tables to search out."""
