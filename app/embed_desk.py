@@ -5,19 +5,24 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
+from urllib.parse import quote
 
 import httpx
+import msgspec
 
 from app.domain import ANONYMOUS, EmbeddingRequest, InputType, Priority
 from app.engine.intake import Plan
 from app.engine.wholesale import Wholesale
 from app.errors import BadCredential, ConfigurationError, EmbedgateError, Misconfigured, ProviderError, QuotaExhausted
+from app.providers.cards import ModelCard
+from app.providers.embedgate import About
 from app.runtime import Runtime
 from app.settings import ModelSettings, RemoteDeployment, Settings
 from app.storage.level import LevelDown
 
 _PROBE_S = 60.0
-_CACHE_BYTES: Final = 32 * 2**20
+_FOR_NOW: Final = frozenset({429, 502, 503, 504})
+_CACHE_BYTES: Final = 16 * 2**20
 _TO_MEND: Final = {"credential": "does not accept the key", "quota": "has no credit left"}
 _WRONG: Final[Mapping[type[ProviderError], str]] = {
     BadCredential: _TO_MEND["credential"], QuotaExhausted: _TO_MEND["quota"],
@@ -143,34 +148,92 @@ def _quiet(settings: Settings) -> Settings:
     return settings.model_copy(update={"server": silent})
 
 
+# ── by a server ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Told(RemoteDeployment):
+    """A server that has told of its model."""
+
+    told: ModelCard
+
+    @property
+    def card(self) -> ModelCard:
+        """As the server has it."""
+        return self.told
+
+    terms = card
+
+
+class _Model(msgspec.Struct):
+    embedgate: About | None = None
+
+
+_models = msgspec.json.Decoder(_Model)
+
+
 async def _through(settings: Settings, asking: Asking, server: str, api_key: str) -> Settings:
-    """A route of one deployment, which is the server; what it serves is found out by asking for one text."""
+    """A route of one deployment, which is the server: an embedgate tells of its model, elsewhere one text shows it."""
     if not asking.model:
         raise ConfigurationError("name the model that the server shall embed with")
-    if asking.input_type is not None:
-        raise ConfigurationError("input_type cannot be told to a server: it is as the model there has it configured")
     base_url = f"{server.rstrip('/').removesuffix('/v1')}/v1"
-    body: dict[str, Any] = {"model": asking.model, "input": "hello"}
-    body |= {"dimensions": asking.dimensions} if asking.dimensions else {}
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         async with httpx.AsyncClient(headers=headers, timeout=_PROBE_S) as client:
-            answer = await client.post(f"{base_url}/embeddings", json=body)
-        found = answer.json()
+            about = await _about(client, base_url, asking.model)
+            width = await _tried(client, base_url, asking) if about is None else None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ConfigurationError(f"{server} cannot be asked: {error or type(error).__name__}") from error
-    width = _width(found)
-    if not width:
-        raise ConfigurationError(f"{server} cannot be asked: {_said(found) or f'HTTP {answer.status_code}'}")
-    deployment = {"dialect": "openai", "base_url": base_url, "api_key": api_key or "none", "model": asking.model}
+    if about is None and asking.input_type is not None:
+        why = "it is as the model there has it configured"
+        raise ConfigurationError(f"input_type cannot be told to a server that is no embedgate: {why}")
+    deployment = _deployment(about, base_url, api_key or "none", asking.model)
     served = {"deployments": ["server"], "dimensions": width, "canary_interval_s": 0}
     return settings.model_copy(
         update={
-            "deployments": {"server": RemoteDeployment.model_validate(deployment)},
+            "deployments": {"server": deployment},
             "models": {asking.model: ModelSettings.model_validate(served)},
             "tenants": {},
         }
     )
+
+
+def _deployment(about: About | None, base_url: str, api_key: str, model: str) -> RemoteDeployment:
+    """The server; where it has told of the model, this is the one in its own spaces, and else that of the name."""
+    at = {"base_url": base_url, "api_key": api_key}
+    if about is None:
+        return RemoteDeployment.model_validate({"dialect": "openai", **at, "model": model})
+    named = {"model": about.identity, "served_as": model, "told": about.card}
+    return _Told.model_validate({"dialect": "embedgate", **at, **named})
+
+
+async def _about(client: httpx.AsyncClient, base_url: str, model: str) -> About | None:
+    """What an embedgate tells of the model; None: nobody does. Raises ValueError where it cannot for now."""
+    answer = await client.get(f"{base_url}/models/{quote(model, safe='')}")
+    if answer.status_code in _FOR_NOW:
+        raise ValueError(_complaint(answer))
+    try:
+        return _models.decode(answer.content).embedgate if answer.is_success else None
+    except msgspec.DecodeError:
+        return None
+
+
+async def _tried(client: httpx.AsyncClient, base_url: str, asking: Asking) -> int:
+    """How wide the vector of one text is. Raises ValueError with what the server says instead."""
+    body: dict[str, Any] = {"model": asking.model, "input": "hello"}
+    body |= {"dimensions": asking.dimensions} if asking.dimensions else {}
+    answer = await client.post(f"{base_url}/embeddings", json=body)
+    if not (width := _width(answer.json())):
+        raise ValueError(_complaint(answer))
+    return width
+
+
+def _complaint(answer: httpx.Response) -> str:
+    """What an error body says, or at least its status."""
+    try:
+        said = str(answer.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        said = ""
+    return said or f"HTTP {answer.status_code}"
 
 
 def _width(found: Any) -> int:
@@ -179,9 +242,3 @@ def _width(found: Any) -> int:
         return len(found["data"][0]["embedding"])
     except (LookupError, TypeError):
         return 0
-
-
-def _said(found: Any) -> str:
-    """What an error body says."""
-    error = found.get("error") if isinstance(found, dict) else None
-    return str(error.get("message", "")) if isinstance(error, dict) else ""

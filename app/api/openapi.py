@@ -86,14 +86,41 @@ _RESPONSE: Schema = {
     },
 }
 
+_WIDTH: Schema = {"type": "integer", "minimum": 1}
+_SPACE: Schema = {"type": "string", "description": "As x-embedgate-space names it."}
+
+_ABOUT: Schema = {
+    "type": "object",
+    "description": "What a client needs to know before it asks.",
+    "required": [
+        "space", "input_types", "dimensions", "sizes", "unit_length", "max_input_tokens", "long_input", "tokenizer",
+        "usd_per_million_tokens",
+    ],
+    "properties": {
+        "space": _SPACE,
+        "input_types": {"type": "object", "additionalProperties": _SPACE,
+                        "description": "The space of each `input_type` that is told apart."},
+        "dimensions": _WIDTH,
+        "sizes": {"type": "array", "items": {"type": "array", "items": _WIDTH, "minItems": 2, "maxItems": 2},
+                  "description": "What `dimensions` may be, in spans with both ends; none: leave it off."},
+        "unit_length": {"type": "boolean", "description": "Whether every vector is."},
+        "max_input_tokens": {"type": "integer", "minimum": 1},
+        "long_input": {"type": "string", "enum": ["error", "truncate", "mean"],
+                       "description": "What becomes of a text that is longer."},
+        "tokenizer": _optional({"type": "string", "enum": ["cl100k_base"]}, "null: not one that you have."),
+        "usd_per_million_tokens": _optional({"type": "number"}, "null: not known."),
+    },
+}  # fmt: skip
+
 _MODEL: Schema = {
     "type": "object",
-    "required": ["id", "object", "created", "owned_by"],
+    "required": ["id", "object", "created", "owned_by", "embedgate"],
     "properties": {
         "id": {"type": "string"},
         "object": {"const": "model"},
         "created": {"type": "integer", "description": "Unix time, seconds."},
         "owned_by": {"type": "string"},
+        "embedgate": _ABOUT,
     },
 }
 

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
@@ -12,8 +13,13 @@ from app.api import admin, admin_tenants, batch_wire, batches, file_wire, files,
 from app.api.auth import Attempts, Keys
 from app.api.errors import HttpRefusal, NotReady, method_not_allowed, reply_to, unknown_url
 from app.domain import Route, Tenant
+from app.engine.intake import space_for
 from app.errors import EmbedgateError, RateLimited, Unauthenticated, UnknownModel
+from app.providers.embedgate import About
 from app.runtime import Runtime
+from app.serving import Served
+from app.settings import usd_per_million
+from app.tokens import Cl100k
 
 _SCHEMAS = {**openapi_desk.SCHEMAS, **batch_wire.SCHEMAS, **file_wire.SCHEMAS}
 
@@ -58,6 +64,10 @@ def _add_operations(api: FastAPI, runtime: Runtime) -> None:
 
 
 def _add_models(api: FastAPI, runtime: Runtime, keys: Keys) -> None:
+    models = {
+        name: _model(served, runtime.settings.models[name].long_input) for name, served in runtime.menu.models.items()
+    }
+
     def tenant(request: Request) -> Tenant:
         return keys.caller(request.scope, "embed").tenant
 
@@ -65,20 +75,38 @@ def _add_models(api: FastAPI, runtime: Runtime, keys: Keys) -> None:
     async def list_models(request: Request) -> dict[str, Any]:
         """The models that this key may use."""
         caller = tenant(request)
-        routes = runtime.gateway.routes.values()
-        return {"object": "list", "data": [_model(route) for route in routes if caller.may_use(route.model)]}
+        return {"object": "list", "data": [model for name, model in models.items() if caller.may_use(name)]}
 
     @api.get("/v1/models/{model:path}", **openapi.MODEL)
     async def retrieve_model(request: Request, model: str) -> dict[str, Any]:
         """One model; what this key may not use is answered like what does not exist."""
-        route = runtime.gateway.routes.get(model)
-        if not tenant(request).may_use(model) or route is None:
+        if not tenant(request).may_use(model) or model not in models:
             raise UnknownModel(model)
-        return _model(route)
+        return models[model]
 
 
-def _model(route: Route) -> dict[str, Any]:
-    return {"id": route.model, "object": "model", "created": route.created, "owned_by": route.owned_by}
+def _model(served: Served, long_input: str) -> dict[str, Any]:
+    """As OpenAI tells of one, and what our own clients want to know."""
+    route = served.route
+    about = About(
+        space=space_for(route).id,
+        input_types={kind: space_for(route, kind).id for kind, _ in route.prompts},
+        dimensions=route.space.dimensions,
+        sizes=_spans(route),
+        unit_length=route.space.normalised,
+        max_input_tokens=route.space.max_input_tokens,
+        long_input=long_input,
+        tokenizer="cl100k_base" if isinstance(served.counter, Cl100k) else None,
+        usd_per_million_tokens=usd_per_million(route.deployments[0].price),
+    )
+    told = {"id": route.model, "object": "model", "created": route.created, "owned_by": route.owned_by}
+    return told | {"embedgate": msgspec.to_builtins(about)}
+
+
+def _spans(route: Route) -> list[tuple[int, int]]:
+    """The widths that may be asked for, both ends included."""
+    sizes = route.sizes or (range(1, route.space.dimensions + 1) if route.cuts_dimensions else ())
+    return [(sizes[0], sizes[-1])] if isinstance(sizes, range) else [(size, size) for size in sizes]
 
 
 def _add_probes(api: FastAPI, runtime: Runtime) -> None:

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from app.providers.azure import Azure
 from app.providers.cohere import Cohere
 from app.providers.dialect import Dialect
+from app.providers.embedgate import Embedgate
 from app.providers.gemini import Gemini
 from app.providers.gemini_batch import GeminiBatches
 from app.providers.http import Endpoint
@@ -18,7 +19,7 @@ from app.providers.vendor_batches import VendorBatches
 from app.providers.voyage import Voyage
 
 DIALECTS: Mapping[str, type[Dialect]] = MappingProxyType(
-    {dialect.name: dialect for dialect in (OpenAI, Azure, Gemini, Voyage, Cohere, Mistral, Jina)}
+    {dialect.name: dialect for dialect in (OpenAI, Azure, Gemini, Voyage, Cohere, Mistral, Jina, Embedgate)}
 )
 """The wires that a deployment may name as its `dialect`."""
 

@@ -28,7 +28,8 @@ class ModelCard:
 
     `dimensions` is the width without asking, `sizes` are those that may be asked for (none: only that one).
     `matryoshka`: a head of the vector, brought back to unit length, is the vendor's own smaller vector.
-    `normalised`: at which widths the vendor sends unit vectors; embedgate makes the others so.
+    `normalised`: at which widths the vendor sends unit vectors; embedgate makes the others so. None: nobody says, and
+    they stay as they are.
     `prompts`: what a text of an input type is told apart by, "" where only the vendor knows; no entry: not at all.
     `default_input_type`: what a text is that comes without one. `tiers` are quotas by the account's tier.
     """
@@ -37,7 +38,7 @@ class ModelCard:
     max_input_tokens: int
     sizes: Sequence[int] = ()
     matryoshka: bool = False
-    normalised: Literal["always", "full width", "never"] = "always"
+    normalised: Literal["always", "full width", "never"] | None = "always"
     tokenizer: Tokenizer = "estimate"
     price: int | None = None
     batch_price: int | None = None

@@ -67,7 +67,7 @@ def _check_model(named: object, target: Target) -> None:
 
 def _leaves_length_to_us(target: Target, width: int) -> bool:
     card = target.card
-    if card is None or card.normalised == "always":
+    if card is None or card.normalised in (None, "always"):
         return False
     return card.normalised == "never" or width != card.dimensions
 

@@ -35,7 +35,7 @@ def _row(dialect: str, model: str, card: ModelCard) -> Row:
         "usd_per_million": usd_per_million(terms.price),
         "batch_usd_per_million": usd_per_million(terms.batch_price),
         "items_per_call": card.max_batch_items or wire.max_batch_items,
-        "unit_vectors_by": _UNIT_VECTORS[card.normalised],
+        "unit_vectors_by": card.normalised and _UNIT_VECTORS[card.normalised],
         "tiers": list(terms.tiers),
         "shutdown": terms.shutdown and terms.shutdown.isoformat(),
     }

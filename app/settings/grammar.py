@@ -305,7 +305,7 @@ class Settings(Section):
             max_input_tokens=model.max_input_tokens or (card.max_input_tokens if card else 8192 if remote else None),
             tokenizer=model.tokenizer or (card.tokenizer if card else "estimate" if remote else None),
             cuts_dimensions=bool(card and card.matryoshka) if model.cuts_dimensions is None else model.cuts_dimensions,
-            unit_norm=card is not None,
+            unit_norm=card is not None and card.normalised is not None,
             sizes=_sizes(card, model.dimensions) if card else (),
             prompts=tuple(prompts.items()),
             default_input_type=model.input_type or (card.default_input_type if card else None),

@@ -98,6 +98,7 @@ async def test_the_node_client_gets_a_file_embedded(project: Path, tmp_path: Pat
     assert (told["file"]["purpose"], told["file"]["filename"]) == ("batch", "input.jsonl")
     assert (told["created"]["status"], told["created"]["metadata"]) == ("validating", {"from": "node"})
     assert (batch["status"], batch["model"]) == ("completed", SMALL)
+    assert (told["model"]["id"], told["model"]["embedgate"]["dimensions"]) == (SMALL, 1536)
     assert batch["request_counts"] == {"total": 6, "completed": 5, "failed": 1}
     assert batch["usage"]["total_tokens"] == sum(map(edge.upstream.count, TEXTS))
     assert [line["custom_id"] for line in told["output"]] == [f"line-{at}" for at in range(5)]

@@ -103,6 +103,7 @@ async def test_models_are_those_the_key_may_use(edge: Edge) -> None:
         assert [model.id async for model in limited.models.list()] == [ADA]
         found = await made.models.retrieve(SMALL)
         assert (found.id, found.object) == (SMALL, "model")
+        assert (found.model_extra or {})["embedgate"]["dimensions"] == 1536
         said = []
         for each, name in ((limited, SMALL), (made, "no/such-model")):
             with pytest.raises(openai.NotFoundError) as caught:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from app.api.embeddings import PATH
-from tests.api.conftest import KEY, SMALL, Edge, running
+from tests.api.conftest import ADA, KEY, SMALL, Edge, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -116,6 +116,25 @@ async def test_metrics_elsewhere_without_an_admin_key_do_not_exist(tmp_path: Pat
     """Nothing is open by default."""
     async with running(tmp_path, server='host = "0.0.0.0"') as edge:
         assert (await edge.http.get("/metrics")).status_code == 404
+
+
+async def test_a_model_tells_what_a_client_needs_to_know(edge: Edge) -> None:
+    """Beside OpenAI's fields: in which space its vectors lie, how wide they are or may be, how much a text may hold."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    small, ada = [(await edge.http.get(f"/v1/models/{name}", headers=headers)).json() for name in (SMALL, ADA)]
+    assert small == {
+        "id": SMALL, "object": "model", "created": 1705948997, "owned_by": "system",
+        "embedgate": {
+            "space": (await edge.post({"model": SMALL, "input": "x"})).headers["x-embedgate-space"], "input_types": {},
+            "dimensions": 1536, "sizes": [[1, 1536]], "unit_length": True, "max_input_tokens": 8192,
+            "long_input": "error", "tokenizer": "cl100k_base", "usd_per_million_tokens": 0.02,
+        },
+    }  # fmt: skip
+    assert (ada["embedgate"]["sizes"], ada["embedgate"]["usd_per_million_tokens"]) == ([], 0.1)
+    assert (await edge.http.get("/v1/models", headers=headers)).json() == {"object": "list", "data": [small, ada]}
+    document = (await edge.http.get("/openapi.json")).json()
+    described = document["components"]["schemas"]["Model"]["properties"]["embedgate"]
+    assert set(described["properties"]) == set(described["required"]) == set(small["embedgate"])
 
 
 def _references(node: Any) -> set[str]:

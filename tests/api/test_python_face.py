@@ -361,14 +361,22 @@ async def test_a_running_embedgate_is_asked_instead(tmp_path: Path, monkeypatch:
             await client.aembed_texts(texts, api_key="wrong", **at)
         with pytest.raises(client.ConfigurationError, match="cannot be asked: The model `nope` does not exist"):
             await client.aembed_texts(texts, api_key=KEY, **{**at, "model": "nope"})
-        with pytest.raises(client.ConfigurationError, match="input_type cannot be told to a server"):
-            await client.aembed_texts(texts, api_key=KEY, input_type="query", **at)
         found = await client.aembed_batch(texts, api_key=KEY, **at)
         assert same(found.embeddings, texts)
-        assert found.usage.tokens == edge.upstream.bill.tokens - 1  # "hello" was asked to find out what is served
+        assert found.usage.tokens == edge.upstream.bill.tokens  # nothing was tried to find out what is served
+        assert found.usage.cost_usd == pytest.approx(found.usage.tokens * 2e-8)
         monkeypatch.setenv("EMBEDGATE_API_KEY", KEY)
         assert same(await client.agenerate_embeddings(texts, dimensions=64, **at), texts, 64)
         assert same(await asyncio.to_thread(client.embed_texts, texts, **at), texts)
+
+
+async def test_input_types_are_told_to_a_server(tmp_path: Path) -> None:
+    """A server that tells them apart puts its own words in front of queries."""
+    typed = f'[models.mine]\ndeployments = ["main"]\nquery_prompt = "query: "\n{TENANTS}'
+    at: dict[str, Any] = {"model": "mine", "api_key": KEY, "config": written(tmp_path, "http://x.test")}
+    async with running(tmp_path, tenants=typed) as edge:
+        assert same(await client.aembed_texts(["a"], input_type="query", base_url=edge.url, **at), ["query: a"])
+        assert same(await client.aembed_texts(["a"], input_type="document", base_url=edge.url, **at), ["a"])
 
 
 async def test_one_name_at_two_servers_is_two_models(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from app.domain import InputType, Space
 from app.providers.azure import Azure
 from app.providers.cohere import Cohere
 from app.providers.dialect import Dialect
+from app.providers.embedgate import Embedgate
 from app.providers.gemini import Gemini
 from app.providers.jina import Jina
 from app.providers.local import LocalModel, default_model
@@ -70,6 +71,7 @@ async def local() -> AsyncIterator[Subject]:
 ADAPTERS: dict[str, Adapter] = {
     "local": local,
     "openai": vendor(OpenAI, OpenAIEmulator, "text-embedding-3-small", 1536),
+    "embedgate alone": vendor(Embedgate, OpenAIEmulator, "text-embedding-3-small", 1536),
     "azure": vendor(Azure, AzureEmulator, "text-embedding-3-small", 1536),
     "azure dated": vendor(Azure, DatedAzureEmulator, "text-embedding-3-large", 256, api_version="2024-10-21"),
     "tei": vendor(TextEmbeddingsInference, TEIEmulator, TEIEmulator.model, 1536),

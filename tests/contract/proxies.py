@@ -1,4 +1,4 @@
-"""Servers that we call like OpenAI although they stand in front of it: embedgate itself, and LiteLLM's proxy."""
+"""Servers that we call although they stand in front of OpenAI: embedgate itself, and LiteLLM's proxy."""
 
 import asyncio
 import atexit
@@ -14,7 +14,9 @@ from pathlib import Path
 
 import httpx
 
-from app.domain import Space
+from app.domain import InputType, Space
+from app.providers.dialect import Dialect
+from app.providers.embedgate import Embedgate
 from app.providers.openai import OpenAI
 from tests.api.conftest import serving
 from tests.contract.subject import Subject
@@ -59,11 +61,14 @@ router_settings:
 
 @asynccontextmanager
 async def embedgate() -> AsyncIterator[Subject]:
-    """One embedgate in front of another."""
+    """One embedgate in front of another, in its own dialect."""
     with tempfile.TemporaryDirectory() as folder:
         async with OpenAIEmulator() as upstream:
             text = _EMBEDGATE.format(upstream=upstream.base_url)
-            async with serving(Path(folder), text) as (url, *_), _called(f"{url}/v1", upstream) as subject:
+            async with (
+                serving(Path(folder), text) as (url, *_),
+                _called(Embedgate, f"{url}/v1", upstream, input_type="query") as subject,
+            ):
                 yield subject
 
 
@@ -73,16 +78,18 @@ async def litellm() -> AsyncIterator[Subject]:
     url, port = await asyncio.to_thread(_proxy)
     upstream = OpenAIEmulator()
     upstream.port = port
-    async with upstream, _called(url, upstream) as subject:
+    async with upstream, _called(OpenAI, url, upstream) as subject:
         yield subject
 
 
 @asynccontextmanager
-async def _called(base_url: str, upstream: OpenAIEmulator) -> AsyncIterator[Subject]:
-    provider = remote(OpenAI, base_url, _KEY, _MODEL, max_in_flight=4)
-    stranger = remote(OpenAI, base_url, "another-key", _MODEL)
+async def _called(
+    wire: type[Dialect], base_url: str, upstream: OpenAIEmulator, *, input_type: InputType | None = None
+) -> AsyncIterator[Subject]:
+    provider = remote(wire, base_url, _KEY, _MODEL, max_in_flight=4)
+    stranger = remote(wire, base_url, "another-key", _MODEL)
     try:
-        yield Subject(provider, Space(_MODEL, _WIDTH), upstream, stranger)
+        yield Subject(provider, Space(_MODEL, _WIDTH, input_type=input_type), upstream, stranger)
     finally:
         await provider.aclose()
         await stranger.aclose()

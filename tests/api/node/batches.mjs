@@ -43,7 +43,8 @@ async function follow() {
     batch = await client.batches.retrieve(created.id);
   }
   const [output, errors] = [await lines(batch.output_file_id), await lines(batch.error_file_id)];
-  return { file, created, batch, output, errors, deleted: await client.files.delete(file.id) };
+  const model = await client.models.retrieve(batch.model);
+  return { file, created, batch, model, output, errors, deleted: await client.files.delete(file.id) };
 }
 
 async function cancel() {
