@@ -32,12 +32,16 @@ _WRONG: Final[Mapping[type[ProviderError], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """What vectors are wanted; `model` "" is the first that is configured, `dimensions` 0 the model's own."""
+    """What vectors are wanted; `model` "" is the first that is configured, `dimensions` 0 the model's own.
+
+    An `input_type` that not everybody need be told (`insists` False) is forgotten where nobody can be.
+    """
 
     model: str = ""
     dimensions: int = 0
     input_type: InputType | None = None
     server: str = ""
+    insists: bool = True
 
     def request(self, texts: Sequence[str], *, deadline: float = 0.0) -> EmbeddingRequest:
         """For these texts, at the lowest priority."""
@@ -109,7 +113,7 @@ async def desk(settings: Settings, asking: Asking, *, server: str = "", api_key:
     Raises ConfigurationError for what cannot be had, in a line.
     """
     if server:
-        settings = await _through(settings, asking, server, api_key)
+        settings, asking = await _through(settings, asking, server, api_key)
     model = asking.model or next(iter(settings.models))
     if model not in settings.models:
         raise ConfigurationError(f"the model {model} is not configured; there is {', '.join(settings.models)}")
@@ -171,8 +175,11 @@ class _Model(msgspec.Struct):
 _models = msgspec.json.Decoder(_Model)
 
 
-async def _through(settings: Settings, asking: Asking, server: str, api_key: str) -> Settings:
-    """A route of one deployment, which is the server: an embedgate tells of its model, elsewhere one text shows it."""
+async def _through(settings: Settings, asking: Asking, server: str, api_key: str) -> tuple[Settings, Asking]:
+    """A route of one deployment, which is the server, and what can be asked of it.
+
+    An embedgate tells of its model, elsewhere one text shows it.
+    """
     if not asking.model:
         raise ConfigurationError("name the model that the server shall embed with")
     base_url = f"{server.rstrip('/').removesuffix('/v1')}/v1"
@@ -183,18 +190,15 @@ async def _through(settings: Settings, asking: Asking, server: str, api_key: str
             width = await _tried(client, base_url, asking) if about is None else None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ConfigurationError(f"{server} cannot be asked: {error or type(error).__name__}") from error
+    if about is None and not asking.insists:
+        asking = replace(asking, input_type=None)
     if about is None and asking.input_type is not None:
         why = "it is as the model there has it configured"
         raise ConfigurationError(f"input_type cannot be told to a server that is no embedgate: {why}")
     deployment = _deployment(about, base_url, api_key or "none", asking.model)
     served = {"deployments": ["server"], "dimensions": width, "canary_interval_s": 0}
-    return settings.model_copy(
-        update={
-            "deployments": {"server": deployment},
-            "models": {asking.model: ModelSettings.model_validate(served)},
-            "tenants": {},
-        }
-    )
+    route = {"deployments": {"server": deployment}, "models": {asking.model: ModelSettings.model_validate(served)}}
+    return settings.model_copy(update={**route, "tenants": {}}), asking
 
 
 def _deployment(about: About | None, base_url: str, api_key: str, model: str) -> RemoteDeployment:

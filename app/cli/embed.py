@@ -2,18 +2,15 @@
 
 import json
 import os
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from app import money
-from app.cli.running import Config, run, span_s, with_examples
-from app.errors import ConfigurationError
+from app.cli.running import Config, explained, run, span_s, with_examples
 from app.settings import Settings, find, json_lines, load, table
 
 if TYPE_CHECKING:
@@ -136,7 +133,7 @@ def embed(  # noqa: PLR0913 — a command has its options
     opened = partial(
         _opened, inputs, text=text, id=id_column or None, form=form or None, limit=limit or None, seed=seed
     )
-    with _explained(out):
+    with explained(out):
         sharing.check(inputs, out, server=server, retry_failed=retry_failed)
         source, out = sharing.mine(opened(), out)
         if dry_run:
@@ -171,33 +168,6 @@ def _placed(out: str) -> str:
         forms = "FILE.npy, FILE.parquet, FILE.arrow, FILE.jsonl, DB/TABLE.lance or postgresql://…#TABLE"
         raise DataError(f"--out: where to? {forms}")
     return out
-
-
-@contextmanager
-def _explained(out: str) -> Iterator[None]:
-    """What ends a run early is told in a line, with the command that goes on."""
-    from app.corpus.address import shown
-    from app.corpus.rows import DataError
-    from app.corpus.stream import GaveUp
-
-    try:
-        name = shown(out)
-        try:
-            yield
-        except GaveUp as gave_up:
-            _tell_how_to_go_on(str(gave_up), out, name)
-            raise typer.Exit(4) from gave_up
-        except typer.Exit as left:  # Ctrl-C
-            _tell_how_to_go_on("stopped", out, name)
-            raise typer.Exit(130) from left
-    except DataError as error:
-        raise ConfigurationError(str(error)) from error
-
-
-def _tell_how_to_go_on(why: str, out: str, name: str) -> None:
-    """Without a password that stands in `out`."""
-    arguments = [each.replace(out, name) if out else each for each in sys.argv[1:]]
-    print(f"embedgate: {why}; go on with: {shlex.join(['embedgate', *arguments])}", file=sys.stderr)
 
 
 class _Given(NamedTuple):

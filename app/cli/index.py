@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from app import money
-from app.cli.running import Config, run, with_examples
-from app.errors import ConfigurationError
+from app.cli.running import Config, explained, run, with_examples
 from app.settings import Settings, find, json_lines, load, table
 
 if TYPE_CHECKING:
@@ -51,7 +49,6 @@ HELP = with_examples(_INDEX)
 _LINE_CHUNKS = 1000
 _BATCH_CHUNKS, _LEAST_AT_ONCE, _MOST_AT_ONCE = 100, 256, 8192
 _BYTES, _TOKEN_BYTES = 48 * 2**20, 8  # of chunks under way, about; a text is there as such and in its passage
-_CACHED_BYTES = 2**24  # a chunk is hardly there twice; what an earlier run has bought is in the database
 
 
 def index(  # noqa: PLR0913 — a command has its options
@@ -86,7 +83,7 @@ def index(  # noqa: PLR0913 — a command has its options
 ) -> None:
     """See `_INDEX`."""
     from app.corpus.rows import DataError
-    from app.corpus.stream import GaveUp
+    from app.embed_desk import Asking
 
     options = {
         "chunk_tokens": chunk_tokens or None, "overlap_tokens": overlap_tokens, "max_file_bytes": max_file_size or None,
@@ -95,7 +92,7 @@ def index(  # noqa: PLR0913 — a command has its options
     settings = load(find(config, os.environ), os.environ)
     cut = settings.index.model_copy(update={name: value for name, value in options.items() if value is not None})
     settings = settings.model_copy(update={"index": cut})
-    try:
+    with explained():
         if not path.exists():
             raise DataError(f"{path}: there is no such file or folder")
         tree = _Tree(path.resolve(), include or [], exclude or [], settings)
@@ -105,15 +102,8 @@ def index(  # noqa: PLR0913 — a command has its options
             return
         if db is None:
             raise DataError("--db: in which folder shall the index be?")
-        tally = _indexed(tree, db, _asking(model, server), server, force=force, quiet=as_json)
-    except DataError as error:
-        raise ConfigurationError(str(error)) from error
-    except GaveUp as gave_up:
-        _tell_how_to_go_on(str(gave_up))
-        raise typer.Exit(4) from gave_up
-    except typer.Exit as left:  # Ctrl-C
-        _tell_how_to_go_on("stopped")
-        raise typer.Exit(130) from left
+        asking = Asking(model, input_type="document", insists=False)
+        tally = _indexed(tree, db, asking, server, force=force, quiet=as_json)
     _end(tally, db, settings.index.max_failed, as_json=as_json)
 
 
@@ -125,17 +115,6 @@ def _end(tally: "Tally", db: Path, max_failed: float, *, as_json: bool) -> None:
         told = f"{tally.failed} of {tally.changes.files} files failed, more than --max-failed allows"
         print(f"embedgate: {told}; see {db / 'failed.jsonl'}, and run the same command again", file=sys.stderr)
     raise typer.Exit(0 if tolerated else 3)
-
-
-def _tell_how_to_go_on(why: str) -> None:
-    print(f"embedgate: {why}; go on with: {shlex.join(['embedgate', *sys.argv[1:]])}", file=sys.stderr)
-
-
-def _asking(model: str, server: str) -> "Asking":
-    """A server cannot be told that documents are embedded: it does as it is configured."""
-    from app.embed_desk import Asking
-
-    return Asking(model, input_type=None if server else "document")
 
 
 # ── the run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -168,15 +147,11 @@ def _indexed(tree: _Tree, db: Path, asking: "Asking", server: str, *, force: boo
     from app.corpus.tree.index import Indexing, Wish
     from app.corpus.tree.stored import Made
     from app.corpus.tree.tables import Tables, locked
-    from app.embed_desk import desk
-
-    cache = tree.settings.cache
-    cache = cache.model_copy(update={"memory_bytes": min(cache.memory_bytes, _CACHED_BYTES)})
-    settings = tree.settings.model_copy(update={"cache": cache})
+    from app.embed_desk import desk, passing
 
     async def work() -> "Tally":
         key = os.environ.get("EMBEDGATE_API_KEY", "")
-        async with desk(settings, asking, server=server, api_key=key) as at:
+        async with desk(passing(tree.settings), asking, server=server, api_key=key) as at:
             space = at.plan.space
             cut = tree.cut(space, at.runtime.menu.models[at.asking.model].counter)
             made = Made(at.asking.model, space.id, at.dimensions, cut.chunk_tokens, cut.overlap_tokens)

@@ -2,11 +2,16 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine
+import shlex
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+
+from app.errors import ConfigurationError
 
 _T = TypeVar("_T")
 
@@ -46,3 +51,30 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     except ImportError:
         return asyncio.new_event_loop
     return uvloop.new_event_loop
+
+
+@contextmanager
+def explained(out: str = "") -> Iterator[None]:
+    """What ends a run early is told in a line, with the command that goes on; of a password in `out` nothing is."""
+    from app.corpus.address import shown
+    from app.corpus.rows import DataError
+    from app.corpus.stream import GaveUp
+
+    try:
+        name = shown(out)
+        try:
+            yield
+        except GaveUp as gave_up:
+            _tell_how_to_go_on(str(gave_up), out, name)
+            raise typer.Exit(4) from gave_up
+        except typer.Exit as left:  # Ctrl-C
+            _tell_how_to_go_on("stopped", out, name)
+            raise typer.Exit(130) from left
+    except DataError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _tell_how_to_go_on(why: str, out: str, name: str) -> None:
+    """Without a password that stands in `out`."""
+    arguments = [each.replace(out, name) if out else each for each in sys.argv[1:]]
+    print(f"embedgate: {why}; go on with: {shlex.join(['embedgate', *arguments])}", file=sys.stderr)

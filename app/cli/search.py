@@ -82,13 +82,14 @@ async def _vector(settings: Settings, made: "Made", db: Path, query: str, server
     from app.embed_desk import Asking, desk
     from app.errors import EmbedgateError
 
-    asking = Asking(made.model, input_type=None if server else "document")
+    asking = Asking(made.model, input_type="document", insists=False)
     async with desk(settings, asking, server=server, api_key=os.environ.get("EMBEDGATE_API_KEY", "")) as at:
         if at.plan.space.id != made.space:
             told = f"{db}: was made with another {made.model} ({made.space}) than there is now ({at.plan.space.id})"
             raise DataError(f"{told}; embedgate index --force makes it anew")
         deadline = asyncio.get_running_loop().time() + settings.server.deadline_s
-        request = replace(at.asking, input_type=None if server else "query").request([query], deadline=deadline)
+        asked = replace(at.asking, input_type="query" if at.asking.input_type else None)
+        request = asked.request([query], deadline=deadline)
         try:
             result = await at.runtime.gateway.embed(request)
         except EmbedgateError as error:
