@@ -3,11 +3,13 @@
 PY := .venv/bin/python
 RUN_STAMP := .venv/installed
 DEV_STAMP := .venv/installed-dev
+TRY := -m pytest -o python_files='trial_*.py' -o timeout=900 -s
+DATA_TRIALS := $(patsubst %,tests/trials/trial_%.py,datasets index ray)
 PIP := $(PY) -m pip --disable-pip-version-check --quiet install
 COMPILE := uv pip compile --universal --generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check trials trial-proxy bench lock
+.PHONY: help run test check trials trials-data trial-proxy bench lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,7 +21,10 @@ test: $(DEV_STAMP) ## Run the whole test suite, two at once (ARGS="-k queue" for
 	@exec $(PY) -m pytest $(or $(ARGS),-n 2)
 
 trials: $(DEV_STAMP) ## Run the slow proofs under load and faults (ARGS="-k fallback" for a part)
-	@exec $(PY) -m pytest -o python_files='trial_*.py' -o timeout=900 -s tests/trials $(ARGS)
+	@exec $(PY) $(TRY) tests/trials $(addprefix --ignore=,$(DATA_TRIALS)) $(ARGS)
+
+trials-data: $(DEV_STAMP) ## Run those of datasets and source trees: AG News' size, five kills, thousands of files, Ray
+	@exec $(PY) $(TRY) $(DATA_TRIALS) $(ARGS)
 
 trial-proxy: $(DEV_STAMP) ## Hold the provider contract against LiteLLM's proxy, installed in .venv-litellm
 	@test -x .venv-litellm/bin/litellm || { $(PY) -m venv --clear .venv-litellm && \

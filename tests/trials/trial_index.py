@@ -34,7 +34,7 @@ QUESTIONS = {
 }
 """What a person might ask about the standard library, and the file that answers it."""
 
-FEW, MANY, TOUCHED = 1000, 5000, 10
+FEW, MANY, PACED, TOUCHED = 1000, 5000, 600, 10
 OUTSIDE_MS = 5.0
 TOKENS_PER_MINUTE = 1_200_000
 
@@ -149,7 +149,7 @@ async def test_thousands_of_files_cost_little_beside_the_model(tmp_path: Path) -
 
 async def test_a_paced_vendor_is_used_up(tmp_path: Path) -> None:
     """More than nine tenths of its tokens per minute are used, and it never says 429."""
-    plant(tmp_path / "tree", FEW)
+    plant(tmp_path / "tree", PACED)
     async with vendor(tmp_path, tokens_per_minute=TOKENS_PER_MINUTE) as emulator:
         told, _ = await index(tmp_path, tmp_path / "tree")
         arrivals = [*emulator.arrivals]
