@@ -3,12 +3,13 @@
 import re
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from typing import NamedTuple
+from urllib.parse import parse_qs
 
 from app.corpus.rows import DataError
 
 _SCHEMES = ("postgresql:", "postgres:")
-_UNSAFE = re.compile(r"[^\w.-]")
+_URL = re.compile(r"([^:/?#]+)://([^/?#]*)([^?#]*)(?:\?([^#]*))?")
 _HOST = re.compile(r"(\[[^\]]*\]|[^\[\]:]*)(:\d+)?")
 
 
@@ -56,16 +57,25 @@ def shown(out: str) -> str:
     return address(out).name if is_address(out) else out
 
 
-def _parts(url: str) -> SplitResult | None:
+class _Parts(NamedTuple):
+    """Of a URL. The standard library's own, by its version, knows no several hosts."""
+
+    scheme: str
+    netloc: str
+    path: str
+    query: str
+
+
+def _parts(url: str) -> _Parts | None:
     """None where it is none: who forgets a part of it, or to write a sign as %40, must not see a password as a host."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
+    found = _URL.fullmatch(url)
+    if found is None:
         return None
+    parts = _Parts(*found.groups(default=""))
     hosts = parts.netloc.rpartition("@")[2].split(",")
-    return parts if "://" in url and all(map(_HOST.fullmatch, hosts)) else None
+    return parts if all(map(_HOST.fullmatch, hosts)) else None
 
 
-def _shown(parts: SplitResult) -> str:
+def _shown(parts: _Parts) -> str:
     user, at, host = parts.netloc.rpartition("@")
     return f"{parts.scheme}://{user.partition(':')[0]}{at}{host}{parts.path}"

@@ -196,22 +196,22 @@ async def test_a_row_that_the_vendor_refuses_fails_alone(tmp_path: Path) -> None
         assert np.flatnonzero(np.isnan(found).any(axis=1)).tolist() == [77]
 
 
-@pytest.mark.parametrize(("key", "said"), [("sk-wrong", "key")])
-async def test_a_wrong_key_is_told_at_once(tmp_path: Path, key: str, said: str) -> None:
-    """Exit code 4 and the command that goes on once it is mended, in one line; that one orders each row once."""
+@pytest.mark.parametrize("tier", ["vendor_batch", "online"])
+async def test_a_wrong_key_is_told_at_once(tmp_path: Path, tier: str) -> None:
+    """Exit code 4 and the command that goes on once it is mended, in one line; that one buys each row once."""
+    key = "sk-wrong-one"
     async with site(tmp_path, 1500, key=key) as here:
-        code, _, complaints = await asyncio.wait_for(here.run(), 30)
+        code, _, complaints = await asyncio.wait_for(here.run("--tier", tier), 30)
         assert code == 4, complaints
         line = complaints.splitlines()[-1]
-        assert said in line
-        assert "go on with: embedgate embed in.csv" in line
+        assert "deployments.main does not accept the key" in line
+        assert f"go on with: embedgate embed in.csv --out out.npy --tier {tier}" in line
         assert key not in complaints
-        (tmp_path / "embedgate.toml").write_text(
-            CONFIGURATION.format(upstream=here.upstream.base_url, key="sk-emulator-key")
-        )
-        await here.report()
+        configuration = CONFIGURATION.format(upstream=here.upstream.base_url, key="sk-emulator-key")
+        (tmp_path / "embedgate.toml").write_text(configuration)
+        await here.report("--tier", tier)
         here.proves()
-        assert here.ordered == Counter(here.texts)
+        assert here.ordered + here.bought == Counter(here.texts)
 
 
 async def test_what_was_begun_in_batches_goes_on_so(tmp_path: Path) -> None:
