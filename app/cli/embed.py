@@ -34,18 +34,27 @@ Or into the table news of the LanceDB database data, or a table of Postgres with
     embedgate embed train.csv --text description --out data/news.lance
     embedgate embed train.csv --text description --out 'postgresql://me@db.example.com/shop#articles'
 
-Look first what it costs with every model that is configured, before a cent is spent:
+Look first what it costs with every model that is configured, before a cent is spent; try it with a thousand random
+rows, the same each time:
 
     embedgate embed train.csv --text description --dry-run
+    embedgate embed train.csv --text description --out some.npy --limit 1000 --seed 7 --dimensions 256 --json
 
-Whatever stops it, the same command goes on where it stopped: what is done is safe every second, in OUT.progress. An
+At the vendor's batch price, within a day; or beside others who use the same quota:
+
+    embedgate embed train.csv --text description --out train.npy --tier vendor_batch --dataset ag_news --split train
+    embedgate embed train.csv --text description --out train.npy --batch 100 --pool 3 --tokens-per-minute 500000 \
+        --safety-buffer 0.1 --give-up-after 30m --config quiet.toml
+
+Whatever stops it, the same command goes on where it stopped: what is done is noted at once, in OUT.progress. An
 output that is there and fits is left as it is, and nothing is called; if the input has changed, --force does it again
 and buys only texts that are new:
 
     embedgate embed train.csv --text description --out train.npy --force
 
-Rows that fail are listed in OUT.failed.jsonl and are NaN in an array, or left out with --failed omit; buy those again:
+Rows that fail are listed in OUT.failed.jsonl and are NaN in an array, or left out; buy those again:
 
+    embedgate embed train.csv --text description --out train.npy --failed omit
     embedgate embed train.csv --text description --out train.npy --retry-failed
 
 On many machines, each does a part of the same input, and one of them joins these, without a call; or workers of a Ray
@@ -54,6 +63,8 @@ cluster do it, at one running embedgate, wherever they all see the same files:
     embedgate embed train.csv --text description --out train.npy --part 2/4
     embedgate embed train.csv --text description --out train.npy --join 4
     embedgate embed train.csv --text description --out train.npy --model m --server http://gateway:8080 --on ray
+    embedgate embed train.csv --text description --out train.npy --model m --server http://gateway:8080 --on ray \
+        --ray-address head:6379 --workers 8 --partitions 64
 
 What it was made of stands in OUT.meta.json. Exit code 3: some rows have no vector, 4: it gave up for now and can go on,
 2: something is wrong with what was given.

@@ -29,11 +29,13 @@ running embedgate (--server), and kept in two LanceDB tables, chunks and files, 
 
     embedgate index src --db src.index
     embedgate index . --db /var/lib/index --model text-embedding-3-small --exclude 'tests/' --exclude '*.sql'
+    embedgate index src --db src.index --include '*.py' --max-file-size 200000 --json
+    embedgate index src --db src.index --model m --server http://gateway:8080
     embedgate search src.index "where is the retry delay computed?"
 
 Look first what all of the tree costs with every model that is configured, before a cent is spent:
 
-    embedgate index src --dry-run
+    embedgate index src --dry-run --config prices.toml
 
 What Git ignores is left out, and so are binary files and large ones (--max-file-size). The same command again embeds
 only what has changed, removes what is gone, and goes on where it was stopped. An index is of one model and one way to
@@ -42,7 +44,9 @@ cut; --force makes it anew:
     embedgate index src --db src.index --chunk-tokens 512 --overlap-tokens 64 --force
 
 What cannot be read or embedded is listed in DIR/failed.jsonl; the next run tries it again. Exit code 3: more files have
-failed than --max-failed allows, 4: it gave up for now and can go on, 2: something is wrong with what was given.
+failed than may, 4: it gave up for now and can go on, 2: something is wrong with what was given:
+
+    embedgate index src --db src.index --max-failed 0.2
 """
 
 HELP = with_examples(_INDEX)

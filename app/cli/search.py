@@ -28,7 +28,10 @@ that say most:
     embedgate search src.index "billing" --files --json | jq -r .path
 
 The question is embedded with the model that the index was made with; it must still be the same. What was made with
---server is asked with --server.
+--server is asked with --server, what with a configuration with this one:
+
+    embedgate search src.index "billing" --server http://gateway:8080
+    embedgate search src.index "billing" --config embedgate.toml
 """
 
 HELP = with_examples(_SEARCH)

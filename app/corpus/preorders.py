@@ -54,6 +54,7 @@ class Preorders:
         self._told = told
         self._plan = _Run(f"embed_{secrets.token_hex(12)}", span_rows, time.time())
         self._reader = _SpanReader(source)
+        self._reading = asyncio.Lock()
         self._room = asyncio.Semaphore(_AHEAD_SPANS)
         self._over: dict[int, asyncio.Future[_Span]] = {}
         self._brought: dict[int, asyncio.Task[Brought]] = {}
@@ -154,8 +155,10 @@ class Preorders:
             self._room.release()
 
     async def _requests(self, number: int) -> AsyncIterator[EmbeddingRequest]:
-        rows = await asyncio.to_thread(self._reader.read, number, self._plan.span_rows)
-        texts = [row.text for row in rows if row.text and not (self._known and self._known.row(hash_of(row)))]
+        async with self._reading:
+            rows = await asyncio.to_thread(self._reader.read, number, self._plan.span_rows)
+        known = self._known
+        texts = [row.text for row in rows if row.text and (known is None or known.row(hash_of(row)) is None)]
         for at in range(0, len(texts), _REQUEST_ROWS):
             yield self._ask(texts[at : at + _REQUEST_ROWS])
 

@@ -52,6 +52,17 @@ def test_help_teaches_with_examples(tmp_path: Path) -> None:
     assert "embedgate models --json | jq" in embedgate("models", "--help", folder=tmp_path).stdout
 
 
+@pytest.mark.parametrize("command", ["embed", "index", "search"])
+def test_every_option_is_shown_in_use(tmp_path: Path, command: str) -> None:
+    """By an example in the command's own help."""
+    told, _, options = embedgate(command, "--help", folder=tmp_path, COLUMNS="200").stdout.partition("\nOptions:\n")
+    known = re.findall(r"^  (?:-\w, )?(--[a-z-]+)", options, re.MULTILINE)
+    assert len(known) > 5
+    lines = "".join(line for line in told.splitlines() if line.startswith("      "))
+    shown = re.findall(r"--[a-z-]+", lines) + re.findall(r" -\w ", lines)
+    assert {*known} - {"--help", *shown} == set()
+
+
 def test_a_terminal_without_unicode_shows_what_it_can(tmp_path: Path) -> None:
     """A prompt in another script is printed as TOML may spell it."""
     prompt = "\N{CJK UNIFIED IDEOGRAPH-554F}: "

@@ -129,7 +129,7 @@ async def test_a_dataset_is_bought_at_the_batch_price(tmp_path: Path) -> None:
         assert {call.state for call in calls} == {"billed"}
         again = await here.report()
         assert again["was_there"]
-        here.hold([*here.texts[5000:], "a new one", "another"])
+        here.hold([here.texts[0], *here.texts[5000:], "a new one", "another"])
         changed = await here.report("--force")
         assert changed["kept"] == len(here.texts) - 2
         here.proves()
