@@ -22,7 +22,7 @@ from app.storage.level import LevelDown
 
 _PROBE_S = 60.0
 _FOR_NOW: Final = frozenset({429, 502, 503, 504})
-_CACHE_BYTES: Final = 16 * 2**20
+_CACHE_BYTES: Final = 8 * 2**20
 _TO_MEND: Final = {"credential": "does not accept the key", "quota": "has no credit left"}
 _WRONG: Final[Mapping[type[ProviderError], str]] = {
     BadCredential: _TO_MEND["credential"], QuotaExhausted: _TO_MEND["quota"],

@@ -75,7 +75,7 @@ _LINE_ROWS = 1000
 _BATCH_ROWS, _LEAST_ROWS_AT_ONCE, _MOST_ROWS_AT_ONCE = 100, 256, 8192
 _WINDOWS = 3  # of what is in flight at most: who waits in the queue, and who waits to be written
 _VECTORS_BYTES = 48 * 2**20  # of rows under way, about
-_LEAST_SPAN_ROWS, _MOST_SPAN_ROWS, _SPAN_BYTES = 1000, 8192, 10 * 2**20  # of rows that are ordered together
+_LEAST_SPAN_ROWS, _MOST_SPAN_ROWS, _SPAN_BYTES = 1000, 8192, 6 * 2**20  # of rows that are ordered together
 
 
 def embed(  # noqa: PLR0913 — a command has its options

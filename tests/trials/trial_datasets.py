@@ -24,7 +24,7 @@ from tests.emulators.gemini import GeminiEmulator
 ROOT = Path(__file__).parents[2]
 MODEL, WIDTH = "gemini-embedding-001", 768
 TRAIN_ROWS, TEST_ROWS, KILLS = 120_000, 7_600, 5
-MOST_MIB, MOST_USD, MOST_AGAIN_S = 300, 5.0, 5.0
+MOST_MB, MOST_USD, MOST_AGAIN_S = 300, 5.0, 5.0
 CONFIGURATION = """
 [embed]
 tier = "vendor_batch"
@@ -63,7 +63,7 @@ class Desk:
         self.folder, self.upstream = folder, upstream
         (folder / "embedgate.toml").write_text(CONFIGURATION.format(upstream=upstream.base_url))
         self.texts: dict[str, list[str]] = {}
-        self.most_mib = 0.0
+        self.most_mb = 0.0
 
     def write(self, name: str, count: int) -> None:
         """A file in the form that AG News is spread in."""
@@ -101,7 +101,7 @@ class Desk:
             except psutil.Error:
                 return
             beside = sum(each.rss for each in maps if ".npy" not in each.path)
-            self.most_mib = max(self.most_mib, beside / 2**20)
+            self.most_mb = max(self.most_mb, beside / 1e6)
             await asyncio.sleep(0.2)
 
     async def killed(self, name: str, after_s: float) -> None:
@@ -150,7 +150,7 @@ async def test_ag_news_becomes_an_array(tmp_path: Path) -> None:
             assert (report["rows"], report["failed"]) == (count, 0)
             print(
                 f"{name}: {count} rows in {seconds:.0f} s ({count / report['seconds']:.0f} rows/s), "
-                f"{report['tokens']} tokens, ${report['cost_usd']:.4f}, {desk.most_mib:.0f} MiB beside the map"
+                f"{report['tokens']} tokens, ${report['cost_usd']:.4f}, {desk.most_mb:.0f} MB beside the map"
             )
             again_s, again = await desk.run(name)
             print(f"again: {again_s:.1f} s")
@@ -158,7 +158,7 @@ async def test_ag_news_becomes_an_array(tmp_path: Path) -> None:
             assert again_s <= MOST_AGAIN_S
         assert not upstream.arrivals
         assert desk.ordered == Counter(desk.texts["train"] + desk.texts["test"])
-        assert desk.most_mib <= MOST_MIB
+        assert desk.most_mb <= MOST_MB
         spent = await desk.calls()
         metas = [json.loads((tmp_path / f"{name}.npy.meta.json").read_bytes()) for name in desk.texts]
         spent_nano_usd = sum(spent.elements())  # this model does not tell what it bills
@@ -183,7 +183,7 @@ async def _killed_again_and_again(desk: Desk, whole_s: float) -> None:
     await desk.run("train")
     assert (desk.folder / "train.npy").read_bytes() == (desk.folder / "whole.npy").read_bytes()
     twice = desk.ordered - before - Counter(desk.texts["train"])
-    print(f"{twice.total()} texts were ordered twice; {desk.most_mib:.0f} MiB beside the map at most")
+    print(f"{twice.total()} texts were ordered twice; {desk.most_mb:.0f} MB beside the map at most")
     assert not twice
     assert not desk.upstream.arrivals
     assert (await desk.calls()) <= (await desk.calls("data-of-the-first"))

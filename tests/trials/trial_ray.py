@@ -122,12 +122,14 @@ async def test_no_kill_leaves_a_trace(tmp_path: Path, ray_folder: Path) -> None:
         edge.upstream.latency_s = 0.3
         wish = ("out.npy", "--on", "ray", "--workers", "2", "--partitions", "4")
         driver = await here.start(*wish)
-        await here.until(3000, driver)
+        await here.until(2000, driver)
+        orphans = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
         await driver.communicate()
+        await asyncio.to_thread(psutil.wait_procs, orphans, timeout=60)  # they go on buying until they see it
 
         driver = await here.start(*wish)
-        await here.until(6000, driver)
+        await here.until(min(here.bought().total() + 1000, 9000), driver)
         workers = psutil.Process(driver.pid).children(recursive=True)
         driver.send_signal(signal.SIGINT)
         code, _, complaints = await ended(driver)
@@ -135,7 +137,7 @@ async def test_no_kill_leaves_a_trace(tmp_path: Path, ray_folder: Path) -> None:
         assert psutil.wait_procs(workers, timeout=30)[1] == []
 
         driver = await here.start(*wish)
-        await here.until(9000, driver)
+        await here.until(min(here.bought().total() + 1000, 10_500), driver)
         workers = [each for each in psutil.Process(driver.pid).children(recursive=True) if "MapWorker" in each.name()]
         workers[0].kill()
         code, said, complaints = await ended(driver)
