@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -86,18 +86,18 @@ class Preorders:
             self._tasks.create_task(self._follow(span, wait))
         await asyncio.Future()  # what is over is brought when it is needed
 
-    async def bought(self, rows: Sequence[Row]) -> tuple[dict[bytes, Vector], Work]:
+    async def bought(self, rows: Sequence[Row]) -> tuple[Mapping[bytes, Vector], Work]:
         """What the batches brought for neighbouring rows, by key, beside others; and what spans took that begin here.
 
         Waits until they are over. Later calls are for later rows.
         """
         await self._ready.wait()
-        vectors: dict[bytes, Vector] = {}
+        vectors: Mapping[bytes, Vector] = {}
         work = NO_WORK
         first, last = (row.number // self._plan.span_rows for row in (rows[0], rows[-1]))
         for number in range(first, last + 1):
             brought = await self._bring(number)
-            vectors |= brought.vectors
+            vectors = {**vectors, **brought.vectors} if vectors else brought.vectors
             work += brought.work if rows[0].number <= number * self._plan.span_rows else NO_WORK
         self._let_go(first)
         return vectors, work
@@ -149,8 +149,8 @@ class Preorders:
             await asyncio.sleep(found.for_s)
 
     def _let_go(self, first: int) -> None:
-        """Of spans before the one before this."""
-        for number in [number for number in self._brought if number < first - 1]:
+        """Of spans before this one; who waits for one of them has it."""
+        for number in [number for number in self._brought if number < first]:
             del self._brought[number]
             self._room.release()
 
