@@ -77,7 +77,7 @@ class JsonlDraft:
             width = next((len(vector) for vector in found if vector is not None), None)
             if width is None:
                 file.seek(0)
-                width = next((len(vector) for line in file if (vector := orjson.loads(line)["embedding"])), 0)
+                width = next((len(vector) for line in file if (vector := orjson.loads(line)["embedding"])), 1)
         none = [float("nan")] * width
         return np.array([none if vector is None else vector for vector in found], np.float32).reshape(-1, width)
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -438,6 +438,21 @@ def test_a_line_says_what_its_row_carries(tmp_path: Path) -> None:
         '{"id":"a","title":"ä","embedding":[0.1,-2.0,1e-20]}',
         '{"id":"b","title":null,"embedding":null}',
     ]
+
+
+def test_an_output_without_any_vector_is_one(out: Path) -> None:
+    """A row of NaN for each; the run that comes again finds all of them."""
+    with closing(open_sink(str(out))) as sink:
+        sink.open(SHAPE, None)
+        sink.write(ROWS, np.full_like(VECTORS, np.nan))
+        state = sink.sync()
+        sink.finish()
+        found = sink.vectors(0, len(ROWS))
+        assert found is not None
+        assert len(found) == len(ROWS)
+        assert np.isnan(found).all(axis=1).all()
+        assert found.shape[1]
+        assert sink.kept(state) == len(ROWS)
 
 
 def test_rows_without_vectors_are_as_wide_as_the_others(tmp_path: Path) -> None:
