@@ -322,7 +322,7 @@ async def test_what_cannot_be_done_is_one_line(tmp_path: Path) -> None:
         for arguments, told in failures:
             one_line(await here.command(*arguments), *told)
         with locked(tmp_path / "index"):
-            one_line(await here.index(), "another run is writing this index")
+            one_line(await here.index(), "another run is writing it")
         assert here.bought() == []
 
 

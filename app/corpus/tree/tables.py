@@ -1,6 +1,5 @@
 """Hides how an index lies in a folder: two LanceDB tables that belong together, what they are of, and who may write."""
 
-import fcntl
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import numpy as np
 
+from app.corpus.alone import alone
 from app.corpus.rows import DataError
 from app.corpus.tree.names import words_of
 from app.corpus.tree.stored import Kept, Known, Made, Match, Vectored, Whole
@@ -76,16 +76,9 @@ def locked(folder: Path) -> Iterator[None]:
     """Makes the folder, and keeps every other run away from it. Raises DataError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            busy = isinstance(error, BlockingIOError)
-            told = "another run is writing this index; wait until it has ended" if busy else error.strerror
-            raise DataError(f"{folder}: {told}") from error
+    with alone(str(folder)):
         yield
 
 
