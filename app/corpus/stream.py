@@ -232,7 +232,11 @@ class Stream:
         rows = self._checkpoint.rows + sum(len(done.rows) for done in settled)
         seconds = self._before_s + self._clock() - self._begun_at
         after = msgspec.structs.replace(self._checkpoint, rows=rows, spent=spent, seconds=seconds)
-        self._checkpoint = await asyncio.to_thread(self._written, settled, after)
+        writing = asyncio.create_task(asyncio.to_thread(self._written, settled, after))
+        try:
+            self._checkpoint = await asyncio.shield(writing)
+        finally:
+            await asyncio.wait([writing])  # nobody closes files while a thread writes them
         self._told(self._checkpoint)
 
     def _written(self, settled: Sequence[_Done], after: Checkpoint) -> Checkpoint:
