@@ -40,8 +40,7 @@ def walk(
     root is read even where its own repository ignores it. Links are not followed: what they point to in the tree is
     read where it lies. `include` and `exclude` are patterns as in a .gitignore: of what is left only that which
     `include` names is read, if it names anything; `exclude` has the last word, and with `!` it has back what is left
-    out by itself. Of line ends there is one kind in texts, a
-    line feed. Raises DataError.
+    out by itself. Lines of texts end with a line feed, whatever they end with. Raises DataError.
     """
     tree = _Tree(root.resolve(), max_file_bytes, _rules("--include", include), _rules("--exclude", exclude))
     if root.is_file():
