@@ -12,7 +12,6 @@ import msgspec
 
 from app.domain import ANONYMOUS, EmbeddingRequest, InputType, Priority
 from app.engine.intake import Plan
-from app.engine.wholesale import Wholesale
 from app.errors import BadCredential, ConfigurationError, EmbedgateError, Misconfigured, ProviderError, QuotaExhausted
 from app.providers.cards import ModelCard
 from app.providers.embedgate import About
@@ -66,16 +65,16 @@ class Desk:
         return self.plan.width or self.plan.space.dimensions
 
     @property
-    def wholesale(self) -> Wholesale | None:
-        """Where the vendor's batches are bought, if `[embed]` wants that. Raises ConfigurationError: there are none."""
+    def in_batches(self) -> bool:
+        """Whether `[embed]` wants the vendor's batches. Raises ConfigurationError: there are none."""
         if self.runtime.settings.embed.tier == "online":
-            return None
+            return False
         if self.asking.server:
             raise ConfigurationError("a server cannot be told to use the vendor's batches: let it do a job, see `jobs`")
         if not self.runtime.wholesale.sells(self.asking.model):
             model = self.asking.model
             raise ConfigurationError(f"the model {model} has no vendor's batches: only OpenAI, Gemini and Voyage have")
-        return self.runtime.wholesale
+        return True
 
     def throttles(self) -> int:
         """How often a provider has said 429."""

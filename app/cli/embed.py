@@ -40,7 +40,8 @@ rows, the same each time:
     embedgate embed train.csv --text description --dry-run
     embedgate embed train.csv --text description --out some.npy --limit 1000 --seed 7 --dimensions 256 --json
 
-At the vendor's batch price, within a day; or beside others who use the same quota:
+At the vendor's batch price, within a day (with --force another run calls these batches off); or beside others who use
+the same quota:
 
     embedgate embed train.csv --text description --out train.npy --tier vendor_batch --dataset ag_news --split train
     embedgate embed train.csv --text description --out train.npy --batch 100 --pool 3 --tokens-per-minute 500000 \
@@ -209,10 +210,9 @@ async def _embedded(source: "Source", settings: Settings, given: "_Given") -> "O
 
     async with desk(settings, given.asking, server=given.server, api_key=os.environ.get("EMBEDGATE_API_KEY", "")) as at:
         with _Watch(source, quiet=given.quiet) as watch:
-            wholesale = at.wholesale
             return await run_dataset(
                 _wish(at, source, given), at.runtime.gateway, at.asking.request, watch, complaint=at.complaint,
-                wholesale=wholesale,
+                wholesale=at.runtime.wholesale,
             )  # fmt: skip
 
 
@@ -251,10 +251,10 @@ def _wish(at: "Desk", source: "Source", given: "_Given") -> "Wish":
     limits = [at.runtime.settings.deployments[each.name].limits() for each in route.deployments]
     texts = sum(_WINDOWS * each.max_in_flight * each.max_batch_items for each in limits)
     most = min(_MOST_ROWS_AT_ONCE, max(_LEAST_ROWS_AT_ONCE, _VECTORS_BYTES // (4 * width)))
-    span_rows = min(_MOST_SPAN_ROWS, max(_LEAST_SPAN_ROWS, _SPAN_BYTES // (4 * width)))
+    span_rows = min(_MOST_SPAN_ROWS, max(_LEAST_SPAN_ROWS, _SPAN_BYTES // (4 * width))) if at.in_batches else 0
     manner = Manner(
         batch_rows=min(_BATCH_ROWS, *(each.max_batch_items for each in limits)),
-        rows_at_once=min(most, max(_LEAST_ROWS_AT_ONCE, texts), span_rows if at.wholesale else most),
+        rows_at_once=min(most, max(_LEAST_ROWS_AT_ONCE, texts), span_rows or most),
         span_rows=span_rows,
         give_up_after_s=at.runtime.settings.embed.give_up_after_s,
         omits=given.omits,
@@ -291,7 +291,13 @@ class _Watch:
 
     def ordered(self, batches: int, over: int) -> None:
         """So many of the vendor's batches."""
-        told = f"{batches} of the vendor's batches ordered, {over} over"
+        self._say(f"{batches} of the vendor's batches ordered, {over} over")
+
+    def calling_off(self) -> None:
+        """Those of before."""
+        self._say("calling off the vendor's batches that were ordered before")
+
+    def _say(self, told: str) -> None:
         self._bar.update(self._shown, told=told)
         if self._plain and not self._quiet:
             print(told, file=sys.stderr, flush=True)

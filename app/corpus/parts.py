@@ -115,6 +115,9 @@ async def joined(joint: Joint, told: Callable[[Checkpoint], None]) -> Outcome:
     pieces = await asyncio.to_thread(_pieces, joint)
 
     async def copied(sink: Sink, trail: Trail, checkpoint: Checkpoint, _: Earlier | None) -> Checkpoint:
+        if trail.orders_folder.exists():
+            text = "end that run first, or remove this folder: then they go on at your expense"
+            raise DataError(f"{trail.orders_folder}: rows are under way in the vendor's batches; {text}")
         first = 0
         for piece in pieces:
             end = first + piece.source.rows

@@ -2,8 +2,10 @@
 
 import asyncio
 import secrets
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -24,7 +26,8 @@ WINDOW_S: Final = 18 * 3600.0
 
 _AHEAD_SPANS = 64  # that are ordered while the first of them has not come
 _REQUEST_ROWS = 500  # that are looked up in the cache at once
-_RUN = "run"
+_LOOK_S = 2.0  # between two looks at what was called off
+_RUN, _SPANS = "run", "spans"
 
 
 class _Run(msgspec.Struct, frozen=True):
@@ -107,12 +110,10 @@ class Preorders:
     async def _resume(self) -> None:
         """What an earlier run has decided stays so."""
         try:
-            words = b"".join([data async for data in self._blobs.reading(_RUN)])
+            self._plan = await _plan(self._blobs)
         except FileNotFoundError:
             async with self._blobs.writing(_RUN) as writer:
                 await writer.write(msgspec.msgpack.encode(self._plan))
-        else:
-            self._plan = msgspec.msgpack.decode(words, type=_Run)
 
     async def _follow(self, span: "_Span", wait: Wait | None) -> None:
         while wait is not None:
@@ -163,6 +164,44 @@ class Preorders:
             yield self._ask(texts[at : at + _REQUEST_ROWS])
 
 
+async def call_off(folder: Path, wholesale: Wholesale) -> None:
+    """Ends what an earlier run has ordered and noted in `folder`, which goes.
+
+    What came of it is kept in the cache, and booked; it is waited for, for `CALLED_OFF_S` at most. Raises DataError.
+    """
+    try:
+        blobs = await asyncio.to_thread(LocalBlobs, folder)
+        spans = await _noted(folder, blobs)
+        path, since_s = VendorPath(blobs, wholesale), time.time()
+        while not await path.call_off(spans, since_s):  # noqa: ASYNC110 — it is the vendor who is looked at
+            await asyncio.sleep(_LOOK_S)
+        await asyncio.to_thread(shutil.rmtree, folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be used: {error.strerror}") from error
+
+
+async def _noted(folder: Path, blobs: LocalBlobs) -> "list[_Span]":
+    """All that an earlier run has noted."""
+    spans = []
+    with suppress(FileNotFoundError):
+        plan = await _plan(blobs)
+        for each in (folder / _SPANS).iterdir():
+            spans.append(_Span(int(each.name), plan, blobs, _nobody))
+            await spans[-1].remember()
+    return spans
+
+
+async def _plan(blobs: LocalBlobs) -> _Run:
+    return msgspec.msgpack.decode(b"".join([data async for data in blobs.reading(_RUN)]), type=_Run)
+
+
+async def _nobody(_: int) -> AsyncIterator[EmbeddingRequest]:
+    """Nothing is asked for any more."""
+    requests: Sequence[EmbeddingRequest] = ()
+    for request in requests:
+        yield request
+
+
 class _SpanReader:
     """Reads spans one after the other in one go through the source, and any other one from its beginning. Blocks."""
 
@@ -188,7 +227,7 @@ class _Span:
     ) -> None:  # fmt: skip
         self.number = number
         self.name = f"{plan.name}-{number}"
-        self.folder = f"spans/{number:06}"
+        self.folder = f"{_SPANS}/{number:06}"
         self.until_s = plan.since_s + WINDOW_S
         self.note = b""
         self._blobs = blobs

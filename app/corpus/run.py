@@ -15,7 +15,7 @@ import numpy as np
 from app import __version__, money
 from app.corpus.address import shown
 from app.corpus.alone import alone
-from app.corpus.preorders import Preorders
+from app.corpus.preorders import Preorders, call_off
 from app.corpus.rows import DataError, Lost, Shape, Sink, Source
 from app.corpus.sinks import Output, open_sink
 from app.corpus.stream import Earlier, Engine, Manner, Means, Stream
@@ -92,27 +92,33 @@ class Watch(Protocol):
     def ordered(self, batches: int, over: int) -> None:
         """So many parts of the rows are ordered in the vendor's batches, and so many of these are over."""
 
+    def calling_off(self) -> None:
+        """What was ordered before is called off, which may take the vendor some minutes."""
+
 
 async def run(
     wish: Wish, engine: Engine, ask: Callable[[Sequence[str]], EmbeddingRequest], watch: Watch, *,
-    complaint: Callable[[], str], wholesale: Wholesale | None = None,
+    complaint: Callable[[], str], wholesale: Wholesale,
 ) -> Outcome:  # fmt: skip
-    """Does what has to be done, from where an earlier run stopped; with `wholesale` by the vendor's batches.
+    """Does what has to be done, from where an earlier run stopped; by the vendor's batches if rows are to be in spans.
 
     Of `complaint` see `Means`. Raises DataError for what is there and does not fit, GaveUp once it does not go on.
     """
 
     async def streamed(sink: Sink, trail: Trail, checkpoint: Checkpoint, earlier: Earlier | None) -> Checkpoint:
-        preorders = None
-        if wholesale is not None:
+        preorders, span_rows = None, wish.manner.span_rows
+        if trail.orders_folder.exists() and not (span_rows and checkpoint.sink):
+            if checkpoint.sink and not wish.anew:
+                text = "go on with --tier vendor_batch, or with --force: that calls them off"
+                raise DataError(f"{shown(wish.out)} was begun in the vendor's batches: {text}")
+            watch.calling_off()
+            await call_off(trail.orders_folder, wholesale)
+        if span_rows:
             checkpoint = await asyncio.to_thread(_note, sink, trail, checkpoint)  # else nobody knew what is ordered
             preorders = Preorders(
-                wish.source, trail.orders_folder, wholesale, ask, span_rows=wish.manner.span_rows,
+                wish.source, trail.orders_folder, wholesale, ask, span_rows=span_rows,
                 known=earlier.known if earlier else None, told=watch.ordered,
             )  # fmt: skip
-        elif trail.orders_folder.exists():
-            text = "go on with --tier vendor_batch, or begin again with --force"
-            raise DataError(f"{shown(wish.out)} was begun in the vendor's batches: {text}")
         stream = Stream(
             wish.source, sink, trail, Means(engine, ask, complaint, preorders), wish.manner,
             dimensions=wish.dimensions, checkpoint=checkpoint, told=watch.told, earlier=earlier,
@@ -182,7 +188,6 @@ def _begun(wish: Wish, trail: Trail, subject: Subject) -> Checkpoint | None:
     except Lost:
         if not wish.anew:
             raise
-        trail.forget()
         return None
     return checkpoint
 

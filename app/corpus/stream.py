@@ -60,13 +60,13 @@ class Means(NamedTuple):
 class Manner:
     """How rows are asked for.
 
-    `batch_rows` in a request, at most `rows_at_once` in all; so many `span_rows` are ordered together where that is
-    wanted. A row without a vector is left out if `omits`, else it is one of NaN.
+    `batch_rows` in a request, at most `rows_at_once` in all; in the vendor's batches so many `span_rows` are ordered
+    together, with 0 none is. A row without a vector is left out if `omits`, else it is one of NaN.
     """
 
     batch_rows: int = 100
     rows_at_once: int = 4096
-    span_rows: int = 4096
+    span_rows: int = 0
     give_up_after_s: float = 3600.0
     omits: bool = False
 

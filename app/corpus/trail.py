@@ -146,7 +146,8 @@ class Trail:
                 _partial(self.failed_file).unlink(missing_ok=True)
                 self.failed_file.unlink(missing_ok=True)
             _write(self.meta_file, orjson.dumps(meta, option=orjson.OPT_INDENT_2) + b"\n")
-            self._forget_orders()
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self.orders_folder)
             self.progress_file.unlink(missing_ok=True)
         except OSError as error:
             raise _unwritten(self.meta_file, error) from error
@@ -159,17 +160,12 @@ class Trail:
         self._hashes = self._failed = None
 
     def forget(self) -> None:
-        """Removes what an earlier run left that did not end."""
+        """Removes what an earlier run left that did not end, but for its orders."""
         try:
             for file in (self.progress_file, _partial(self.hashes_file), _partial(self.failed_file)):
                 file.unlink(missing_ok=True)
-            self._forget_orders()
         except OSError as error:
             raise _unwritten(self.progress_file, error) from error
-
-    def _forget_orders(self) -> None:
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self.orders_folder)
 
     # ── an output that is there ─────────────────────────────────────────────────────────────────────────────────────
 

@@ -20,7 +20,7 @@ import pytest
 from tests.books import calls_in
 from tests.emulators.faults import Wire
 from tests.emulators.openai import ModelCard, OpenAIEmulator
-from tests.faults.vendors import always, heal
+from tests.faults.vendors import FOR_EVER, always, heal
 from tests.identity import identifying_vectors
 
 ROOT = Path(__file__).parents[2]
@@ -214,23 +214,64 @@ async def test_a_wrong_key_is_told_at_once(tmp_path: Path, tier: str) -> None:
         assert here.ordered + here.bought == Counter(here.texts)
 
 
+async def begin(here: Site, batches: int = 1) -> None:
+    """A run that is killed when so much is ordered."""
+    process = await here.start()
+    heard = asyncio.create_task(process.communicate())
+    while len(here.upstream.batches.batches) < batches:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.5)  # and noted
+    process.kill()
+    await heard
+
+
 async def test_what_was_begun_in_batches_goes_on_so(tmp_path: Path) -> None:
-    """Else it would be bought twice; who has changed his mind says so."""
+    """Else it would be bought twice; nobody joins parts over it either."""
     async with site(tmp_path, 1500) as here:
-        here.upstream.batches.steps = 10**6
-        process = await here.start()
-        heard = asyncio.create_task(process.communicate())
-        while not here.upstream.batches.batches:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
-        process.kill()
-        await heard
+        here.upstream.batches.steps = FOR_EVER
+        await begin(here)
         code, _, complaints = await here.run("--tier", "online")
         assert code == 2
-        assert "go on with --tier vendor_batch, or begin again with --force" in complaints.splitlines()[-1]
+        line = complaints.splitlines()[-1]
+        assert "in the vendor's batches: go on with --tier vendor_batch, or with --force" in line
         here.upstream.batches.steps = 1
+        assert (await here.run("--part", "1/1"))[0] == 0
+        code, _, complaints = await here.run("--join", "1")
+        assert code == 2
+        assert "rows are under way in the vendor's batches" in complaints.splitlines()[-1]
+        for beside in tmp_path.glob("out.part-*"):  # noqa: ASYNC240
+            beside.unlink()
         await here.report()
         here.proves()
-        assert here.ordered == Counter(here.texts)
+
+
+@pytest.mark.parametrize("tier", ["vendor_batch", "online"])
+@pytest.mark.parametrize("grown", [False, True])
+async def test_who_has_changed_his_mind_pays_for_no_batch_on_top(tmp_path: Path, tier: str, *, grown: bool) -> None:
+    """With --force what is ordered is called off, and what came of it is kept, whether the input is the same or not."""
+    async with site(tmp_path, 2 * SPAN_ROWS) as here:
+        desk = here.upstream.batches
+        desk.steps = FOR_EVER
+        await begin(here, batches=2)
+        desk.steps = 1
+        same = tier == "vendor_batch" and not grown
+        before = [*desk.batches.values()]
+        if not same:
+            desk.lapses_after = 1000
+            for batch in before:
+                batch.polls = -FOR_EVER
+        if grown:
+            here.hold([*here.texts, "a new one"])
+        report = await here.report("--tier", tier, "--force")
+        here.proves()
+        assert {batch.status for batch in before} == {"completed" if same else "cancelled"}
+        bought = here.bought
+        tokens = here.upstream.bill.tokens + here.upstream.batch_bill.tokens
+        calls = await calls_in(f"sqlite:///{tmp_path}/data/embedgate.db")
+        assert sum(call.tokens for call in calls) == tokens
+        assert {call.state for call in calls} <= {"billed", "failed"}
+        assert max(bought.values(), default=0) <= 1
+        assert report["cached"] == (0 if same else 2000)
 
 
 async def test_a_model_without_batches_is_refused_in_words(tmp_path: Path) -> None:
