@@ -87,6 +87,8 @@ class Desk:
 
     def complaint(self) -> str:
         """Why no provider is asked before somebody mends that; "" while one may be."""
+        if full := self.runtime.stores.ledger.disk_full:
+            return f"{self.runtime.settings.stores.data_dir}: {full}"
         deployments, found = self.plan.route.deployments, []
         for deployment in deployments:
             for state, said in _TO_MEND.items():

@@ -26,6 +26,10 @@ class JournalFull(Exception):
     """Nothing more can be written but what was promised; without a path."""
 
 
+class DiskFull(JournalFull):
+    """It is the disk that takes nothing more."""
+
+
 class Place(NamedTuple):
     """Where the next frame is: the number of its segment, and bytes from the beginning of that."""
 
@@ -140,7 +144,7 @@ class Journal(Record):
         try:
             self._write(frame)
         except OSError as error:
-            raise JournalFull(f"the journal cannot be written: {error.strerror}") from None
+            raise DiskFull(f"the journal cannot be written: {error.strerror}") from None
         self._promised_bytes += promise
 
     def redeem(self, payload: bytes, promise_bytes: int) -> None:
@@ -201,7 +205,7 @@ class Journal(Record):
                 self._lock = _made(self._home)
             file = _allocated(self._path(self._number + 1), self._segment_bytes)
         except OSError as error:
-            raise JournalFull(f"the journal cannot grow: {error.strerror}") from None
+            raise DiskFull(f"the journal cannot grow: {error.strerror}") from None
         if self._file is not None:
             os.close(self._file)
         self._file, self._number = file, self._number + 1

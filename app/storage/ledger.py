@@ -15,7 +15,7 @@ import msgspec
 
 from app.errors import TryAgainLater
 from app.ports import End, Part, Purchase
-from app.storage.journal import Journal, JournalFull, Place, Record
+from app.storage.journal import DiskFull, Journal, JournalFull, Place, Record
 from app.storage.sql.database import DatabaseDown
 from app.storage.sql.entries import Line, Spared, charges, spans_of
 from app.storage.sql.ledger import MOST_CALLS, Booked, SqlLedger
@@ -169,6 +169,8 @@ class BookedLedger:
         self.watchers: list[Watcher] = []
         self.caught_up = False
         """Whether SQL knows what processes on this machine left that were gone when this one came."""
+        self.disk_full = ""
+        """Why nothing can be spent before somebody makes room on the disk; "" while there is some."""
         self._looked = False
         self._journal = journal
         self._telemetry = telemetry
@@ -213,11 +215,13 @@ class BookedLedger:
         try:
             self._journal.append(_encode(begun), promise_bytes=_END_BYTES + len(purchase.id))
         except JournalFull as full:
+            self.disk_full = str(full) if isinstance(full, DiskFull) else ""
             self._tell(takes=False, reason=str(full))
             raise TryAgainLater(
                 "What would be spent cannot be written down. Please try again later.", _FULL_S
             ) from None
         if not self._takes:
+            self.disk_full = ""
             self._tell(takes=True, reason="there is room")
 
     def end(self, purchase: Purchase, tokens: int, how: End) -> None:

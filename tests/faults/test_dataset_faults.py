@@ -126,3 +126,16 @@ async def test_a_full_disk_is_a_line_and_keeps_what_was_done(tmp_path: Path, for
         assert (await here.run(f"out.{form}", data="data"))[0] == 0
         assert (await here.run(f"fresh.{form}", data="fresh"))[0] == 0
     assert (tmp_path / f"out.{form}").read_bytes() == (tmp_path / f"fresh.{form}").read_bytes()
+
+
+async def test_a_full_data_dir_is_told_at_once(tmp_path: Path) -> None:
+    """Nothing is bought that could not be booked: exit code 4, and the command that goes on once there is room."""
+    async with site(tmp_path, rows=100) as here:
+        run = here.run("out.npy", data="data", file_bytes=2_000_000)
+        code, said, complaints = await asyncio.wait_for(run, 60)
+        assert (code, said) == (4, ""), complaints
+        line = complaints.splitlines()[-1]
+        assert line.startswith(f"embedgate: {tmp_path}/data: the journal cannot grow: File too large")
+        assert line.endswith("go on with: embedgate embed in.csv --out out.npy")
+        assert not here.upstream.arrivals
+        assert (await here.run("out.npy", data="data"))[0] == 0
