@@ -18,7 +18,7 @@ from app import money
 from app.corpus.rows import DataError, Matrix, Row, Sink, Source
 from app.corpus.run import Outcome, Subject, Wish, made
 from app.corpus.sinks import open_sink
-from app.corpus.stream import Earlier, Manner
+from app.corpus.stream import Earlier, Manner, unbroken
 from app.corpus.trail import Checkpoint, Failed, Spent, Trail, hash_of
 
 _FILES: Final = (".npy", ".parquet", ".arrow", ".jsonl")
@@ -115,16 +115,9 @@ async def joined(joint: Joint, told: Callable[[Checkpoint], None]) -> Outcome:
     pieces = await asyncio.to_thread(_pieces, joint)
 
     async def copied(sink: Sink, trail: Trail, checkpoint: Checkpoint, _: Earlier | None) -> Checkpoint:
-        if trail.orders_folder.exists():
-            text = "end that run first, or remove this folder: then they go on at your expense"
-            raise DataError(f"{trail.orders_folder}: rows are under way in the vendor's batches; {text}")
-        first = 0
         for piece in pieces:
-            end = first + piece.source.rows
-            if checkpoint.rows < end:
-                checkpoint = await asyncio.to_thread(_copied, piece, first, sink, trail, checkpoint)
-                told(checkpoint)
-            first = end
+            checkpoint = await unbroken(_copied, piece, sink, trail, checkpoint)
+            told(checkpoint)
         return checkpoint
 
     subject = pieces[0].subject
@@ -134,6 +127,7 @@ async def joined(joint: Joint, told: Callable[[Checkpoint], None]) -> Outcome:
             {**joint.facts, "parts": joint.count}, joint.anew, joint.failed_only,
         ),
         copied,
+        goes_on=False,
     )  # fmt: skip
 
 
@@ -173,16 +167,16 @@ def _wrong(piece: _Piece) -> str:
     return f"{piece.out} is of something else: {differs}" if differs else ""
 
 
-def _copied(piece: _Piece, first: int, sink: Sink, trail: Trail, checkpoint: Checkpoint) -> Checkpoint:
-    """Its rows from the checkpoint on, of which the first has this number in the whole; the checkpoint behind them."""
-    start, failed = max(0, checkpoint.rows - first), piece.trail.failed()
+def _copied(piece: _Piece, sink: Sink, trail: Trail, checkpoint: Checkpoint) -> Checkpoint:
+    """Its rows from the checkpoint on; the checkpoint behind them."""
+    first, failed = checkpoint.rows, piece.trail.failed()
     if failed is None or len(failed) != piece.meta["failed"]:
         raise DataError(f"{piece.trail.failed_file} does not list the rows of {piece.out} that have no vector")
     without = {each.row for each in failed}
-    for rows, vectors in _rows_of(piece, start, without):
+    for rows, vectors in _rows_of(piece, without):
         sink.write([row._replace(number=first + row.number) for row in rows], vectors)
         trail.add([hash_of(row) for row in rows], [])
-    trail.add([], [Failed(first + each.row, each.id, each.reason) for each in failed if each.row >= start])
+    trail.add([], [Failed(first + each.row, each.id, each.reason) for each in failed])
     return trail.note(
         msgspec.structs.replace(
             checkpoint,
@@ -195,11 +189,10 @@ def _copied(piece: _Piece, first: int, sink: Sink, trail: Trail, checkpoint: Che
     )
 
 
-def _rows_of(piece: _Piece, start: int, without: set[int]) -> Iterator[tuple[Sequence[Row], Matrix]]:
-    """What a finished part holds from the row of its source with this number on, some at a time."""
-    omits, output = piece.subject.failed == "omit", open_sink(piece.out)
-    place = start - sum(row < start for row in without) if omits else start
-    read = piece.source.read(start)
+def _rows_of(piece: _Piece, without: set[int]) -> Iterator[tuple[Sequence[Row], Matrix]]:
+    """What a finished part holds, some rows at a time."""
+    omits, output, place = piece.subject.failed == "omit", open_sink(piece.out), 0
+    read = piece.source.read()
     while chunk := [*islice(read, _COPY_ROWS)]:
         rows = [row for row in chunk if row.number not in without] if omits else chunk
         if without.issuperset(row.number for row in rows):

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -13,12 +13,13 @@ from typing import Final
 import msgspec
 
 from app.corpus.rows import DataError, Row, Source
+from app.corpus.stream import GaveUp
 from app.corpus.trail import Known, hash_of
 from app.domain import EmbeddingRequest, Vector
 from app.engine.wholesale import Wholesale
 from app.errors import TryAgainLater
 from app.job import NO_WORK, Work
-from app.jobs.vendor import Brought, VendorPath, Wait
+from app.jobs.vendor import CALLED_OFF_S, Brought, VendorPath, Wait, ordered_since_s
 from app.storage.blobs import LocalBlobs
 
 WINDOW_S: Final = 18 * 3600.0
@@ -31,11 +32,10 @@ _RUN, _SPANS = "run", "spans"
 
 
 class _Run(msgspec.Struct, frozen=True):
-    """What holds for all spans: `name` is like no other's; since when (Unix seconds)."""
+    """What holds for all spans: `name` is like no other's."""
 
     name: str
     span_rows: int
-    since_s: float
 
 
 class Preorders:
@@ -55,7 +55,7 @@ class Preorders:
         self._ask = ask
         self._known = known
         self._told = told
-        self._plan = _Run(f"embed_{secrets.token_hex(12)}", span_rows, time.time())
+        self._plan = _Run(f"embed_{secrets.token_hex(12)}", span_rows)
         self._reader = _SpanReader(source)
         self._reading = asyncio.Lock()
         self._room = asyncio.Semaphore(_AHEAD_SPANS)
@@ -82,7 +82,7 @@ class Preorders:
         self._ready.set()
         for number in range(start // self._plan.span_rows, -(-self._source.rows // self._plan.span_rows)):
             await self._room.acquire()
-            span = _Span(number, self._plan, self._blobs, self._requests)
+            span = _Span(number, self._plan, self._blobs, self._ask, self._texts)
             await span.remember()
             wait = await self._look(span)  # then it is written down, and ordered if the vendor takes it now
             self._count(1, 0)
@@ -144,7 +144,10 @@ class Preorders:
     async def _download(self, number: int) -> Brought:
         span = await self._future(number)
         while True:
-            found = await self._path.bring(span)
+            try:
+                found = await self._path.bring(span)
+            except TryAgainLater as later:
+                found = Wait(later.retry_after_s)
             if not isinstance(found, Wait):
                 return found
             await asyncio.sleep(found.for_s)
@@ -155,38 +158,57 @@ class Preorders:
             del self._brought[number]
             self._room.release()
 
-    async def _requests(self, number: int) -> AsyncIterator[EmbeddingRequest]:
+    async def _texts(self, number: int) -> list[str]:
+        """What has to be bought of a span."""
         async with self._reading:
             rows = await asyncio.to_thread(self._reader.read, number, self._plan.span_rows)
         known = self._known
-        texts = [row.text for row in rows if row.text and (known is None or known.row(hash_of(row)) is None)]
-        for at in range(0, len(texts), _REQUEST_ROWS):
-            yield self._ask(texts[at : at + _REQUEST_ROWS])
+        return [row.text for row in rows if row.text and (known is None or known.row(hash_of(row)) is None)]
 
 
-async def call_off(folder: Path, wholesale: Wholesale) -> None:
-    """Ends what an earlier run has ordered and noted in `folder`, which goes.
+async def call_off(
+    folder: Path, wholesale: Wholesale, ask: Callable[[Sequence[str]], EmbeddingRequest], complaint: Callable[[], str]
+) -> None:
+    """Ends what an earlier run has ordered and noted in `folder`, which goes once nothing of it is under way.
 
-    What came of it is kept in the cache, and booked; it is waited for, for `CALLED_OFF_S` at most. Raises DataError.
+    What came of it is kept in the cache, and booked. Raises DataError where that cannot be, and GaveUp where it cannot
+    be now: with the `complaint` that there is, or after the time that a vendor may take.
     """
     try:
         blobs = await asyncio.to_thread(LocalBlobs, folder)
-        spans = await _noted(folder, blobs)
-        path, since_s = VendorPath(blobs, wholesale), time.time()
-        while not await path.call_off(spans, since_s):  # noqa: ASYNC110 — it is the vendor who is looked at
-            await asyncio.sleep(_LOOK_S)
+        spans = await _noted(folder, blobs, ask)
+        path = VendorPath(blobs, wholesale)
+        if unknown := await path.out_of_reach(spans):
+            names = ", ".join(f"deployments.{name}" for name in sorted(unknown))
+            text = f"batches may be under way at {names}, which is not configured here"
+            raise DataError(f"{folder}: {text}; call them off where it is, or remove this folder")
+        await _called_off(path, spans, complaint)
         await asyncio.to_thread(shutil.rmtree, folder)
     except OSError as error:
         raise DataError(f"{folder}: cannot be used: {error.strerror}") from error
 
 
-async def _noted(folder: Path, blobs: LocalBlobs) -> "list[_Span]":
+async def _called_off(path: VendorPath, spans: "Sequence[_Span]", complaint: Callable[[], str]) -> None:
+    """Nothing of these is under way any more. Raises GaveUp."""
+    since_s = time.monotonic()
+    while True:
+        with suppress(TryAgainLater):
+            if await path.call_off(spans, time.time()):
+                return
+        if reason := complaint():
+            raise GaveUp(reason)
+        if time.monotonic() - since_s > CALLED_OFF_S:
+            raise GaveUp(f"the vendor has not ended what was called off {CALLED_OFF_S:.0f} s ago")
+        await asyncio.sleep(_LOOK_S)
+
+
+async def _noted(folder: Path, blobs: LocalBlobs, ask: Callable[[Sequence[str]], EmbeddingRequest]) -> "list[_Span]":
     """All that an earlier run has noted."""
     spans = []
     with suppress(FileNotFoundError):
         plan = await _plan(blobs)
         for each in (folder / _SPANS).iterdir():
-            spans.append(_Span(int(each.name), plan, blobs, _nobody))
+            spans.append(_Span(int(each.name), plan, blobs, ask, _nothing))
             await spans[-1].remember()
     return spans
 
@@ -195,11 +217,8 @@ async def _plan(blobs: LocalBlobs) -> _Run:
     return msgspec.msgpack.decode(b"".join([data async for data in blobs.reading(_RUN)]), type=_Run)
 
 
-async def _nobody(_: int) -> AsyncIterator[EmbeddingRequest]:
-    """Nothing is asked for any more."""
-    requests: Sequence[EmbeddingRequest] = ()
-    for request in requests:
-        yield request
+async def _nothing(_: int) -> list[str]:
+    return []
 
 
 class _SpanReader:
@@ -218,20 +237,26 @@ class _SpanReader:
 
 
 class _Span:
-    """See `Errand`: some neighbouring rows."""
+    """See `Errand`: some neighbouring rows, of which `texts` tells what has to be bought."""
 
     fence = 0  # nobody else works on them
 
     def __init__(
-        self, number: int, plan: _Run, blobs: LocalBlobs, requests: Callable[[int], AsyncIterator[EmbeddingRequest]]
+        self, number: int, plan: _Run, blobs: LocalBlobs, ask: Callable[[Sequence[str]], EmbeddingRequest],
+        texts: Callable[[int], Awaitable[list[str]]],
     ) -> None:  # fmt: skip
         self.number = number
         self.name = f"{plan.name}-{number}"
         self.folder = f"{_SPANS}/{number:06}"
-        self.until_s = plan.since_s + WINDOW_S
         self.note = b""
         self._blobs = blobs
-        self._requests = requests
+        self._ask = ask
+        self._texts = texts
+
+    @property
+    def until_s(self) -> float:
+        """See `Errand`."""
+        return (ordered_since_s(self.note) or time.time()) + WINDOW_S
 
     async def remember(self) -> None:
         """Goes on from what was noted."""
@@ -240,9 +265,15 @@ class _Span:
         except FileNotFoundError:
             self.note = b""
 
-    def requests(self) -> AsyncIterator[EmbeddingRequest]:
+    async def requests(self) -> AsyncIterator[EmbeddingRequest]:
         """See `Errand`."""
-        return self._requests(self.number)
+        texts = await self._texts(self.number)
+        for at in range(0, len(texts), _REQUEST_ROWS):
+            yield self._ask(texts[at : at + _REQUEST_ROWS])
+
+    async def buyer(self) -> EmbeddingRequest:
+        """See `Errand`; it is always the same."""
+        return self._ask([])
 
     async def noted(self, words: bytes) -> None:
         """See `Errand`."""

@@ -18,7 +18,7 @@ from app.corpus.alone import alone
 from app.corpus.preorders import Preorders, call_off
 from app.corpus.rows import DataError, Lost, Shape, Sink, Source
 from app.corpus.sinks import Output, open_sink
-from app.corpus.stream import Earlier, Engine, Manner, Means, Stream
+from app.corpus.stream import Earlier, Engine, Manner, Means, Stream, unbroken
 from app.corpus.trail import Checkpoint, Spent, Trail
 from app.domain import EmbeddingRequest
 from app.engine.wholesale import Wholesale
@@ -112,9 +112,9 @@ async def run(
                 text = "go on with --tier vendor_batch, or with --force: that calls them off"
                 raise DataError(f"{shown(wish.out)} was begun in the vendor's batches: {text}")
             watch.calling_off()
-            await call_off(trail.orders_folder, wholesale)
+            await call_off(trail.orders_folder, wholesale, ask, complaint)
         if span_rows:
-            checkpoint = await asyncio.to_thread(_note, sink, trail, checkpoint)  # else nobody knew what is ordered
+            checkpoint = await unbroken(_note, sink, trail, checkpoint)  # else nobody knew what is ordered
             preorders = Preorders(
                 wish.source, trail.orders_folder, wholesale, ask, span_rows=span_rows,
                 known=earlier.known if earlier else None, told=watch.ordered,
@@ -129,25 +129,36 @@ async def run(
     return await made(wish, streamed)
 
 
-async def made(wish: Wish, work: Work) -> Outcome:
-    """The output as `work` writes it, unless it is there and fits; see `run`."""
+async def made(wish: Wish, work: Work, *, goes_on: bool = True) -> Outcome:
+    """The output as `work` writes it, unless it is there and fits; see `run`.
+
+    Unless it `goes_on` where an earlier run stopped it begins anew, and must not where rows are ordered.
+    """
     sink = await asyncio.to_thread(open_sink, wish.out)
     with alone(sink.companions), closing(sink):
-        return await _made(wish, sink, work)
+        return await _made(wish, sink, work, goes_on=goes_on)
 
 
-async def _made(wish: Wish, sink: Output, work: Work) -> Outcome:
+async def _made(wish: Wish, sink: Output, work: Work, *, goes_on: bool) -> Outcome:
     trail = Trail(sink.companions)
-    found = await asyncio.to_thread(_found, wish, sink, trail)
+    found = await unbroken(_found, wish, sink, trail)
     if isinstance(found, Outcome):
         return found
     checkpoint, earlier = found
+    if wish.failed_only and earlier is None:
+        text = "there are no rows that could be tried again; leave out --retry-failed"
+        raise DataError(f"{sink.name} is not there with what belongs to it: {text}")
+    if not goes_on:
+        if trail.orders_folder.exists():
+            text = "end that run first, or remove this folder: then they go on at your expense"
+            raise DataError(f"{trail.orders_folder}: rows are under way in the vendor's batches; {text}")
+        checkpoint = _beginning(wish.subject)
     if checkpoint.sink is None:
         trail.forget()
     try:
-        checkpoint = await asyncio.to_thread(_open, wish, sink, trail, checkpoint)
+        checkpoint = await unbroken(_open, wish, sink, trail, checkpoint)
         done = await work(sink, trail, checkpoint, earlier)
-        await asyncio.to_thread(_finish, wish, sink, trail, done)
+        await unbroken(_finish, wish, sink, trail, done)
     finally:
         trail.close()
         if earlier is not None:

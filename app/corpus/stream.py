@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -17,6 +17,9 @@ from app.domain import EmbeddingRequest, EmbeddingResult, Vector
 from app.errors import EmbedgateError
 from app.job import Work
 from app.jobs.patience import Patient
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _LOOK_S: Final = 1.0
 _READ_ROWS = 1000
@@ -178,17 +181,18 @@ class Stream:
 
     async def _chunk(self, rows: Sequence[Row]) -> _Done:
         """Every row with its vector, or why it has none."""
+        bought: Mapping[bytes, Vector] = {}
+        spent = Spent(len(rows))
+        if self._means.supply is not None:  # which is asked for rows in their order
+            bought, work = await self._means.supply.bought(rows)
+            spent += Spent(cached=work.cached, calls=work.calls, nano_usd=work.nano_usd)
         answers: dict[int, bytes | Failed] = {
             row.number: Failed(row.number, row.id, "the text is empty") for row in rows if not row.text
         }
         kept = await self._kept([row for row in rows if row.text])
         answers |= kept
         wanted = [row for row in rows if row.number not in answers]
-        spent = Spent(len(rows), 0, len(kept))
-        bought: Mapping[bytes, Vector] = {}
-        if self._means.supply is not None:
-            bought, work = await self._means.supply.bought(rows)
-            spent += Spent(cached=work.cached, calls=work.calls, nano_usd=work.nano_usd)
+        spent += Spent(kept=len(kept))
         if wanted:
             brought, took = await self._embedded(wanted, bought)
             answers |= brought
@@ -232,11 +236,7 @@ class Stream:
         rows = self._checkpoint.rows + sum(len(done.rows) for done in settled)
         seconds = self._before_s + self._clock() - self._begun_at
         after = msgspec.structs.replace(self._checkpoint, rows=rows, spent=spent, seconds=seconds)
-        writing = asyncio.create_task(asyncio.to_thread(self._written, settled, after))
-        try:
-            self._checkpoint = await asyncio.shield(writing)
-        finally:
-            await asyncio.wait([writing])  # nobody closes files while a thread writes them
+        self._checkpoint = await unbroken(self._written, settled, after)
         self._told(self._checkpoint)
 
     def _written(self, settled: Sequence[_Done], after: Checkpoint) -> Checkpoint:
@@ -255,6 +255,15 @@ class Stream:
         none = np.full(self._dimensions, np.nan, "<f4").tobytes()
         data = b"".join(answer if isinstance(answer, bytes) else none for answer in answers)
         return np.frombuffer(data, "<f4").reshape(len(answers), self._dimensions)
+
+
+async def unbroken(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`work` in a thread; who is cancelled meanwhile goes once it has ended, and then may close what it used."""
+    running = asyncio.create_task(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(running)
+    finally:
+        await asyncio.wait([running])
 
 
 def _chunks(rows: Iterator[Row], size: int) -> list[Sequence[Row]]:

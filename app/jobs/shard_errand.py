@@ -55,6 +55,10 @@ class ShardErrand:
                 continue
             yield request
 
+    async def buyer(self) -> EmbeddingRequest | None:
+        """See `Errand`."""
+        return await anext(self.requests(), None)
+
     async def noted(self, words: bytes) -> None:
         """See `Errand`."""
         after = await self._note(self.task, words)

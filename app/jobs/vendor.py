@@ -50,6 +50,9 @@ class Errand(Protocol):
     def requests(self) -> AsyncIterator[EmbeddingRequest]:
         """What asks for the texts, for one tenant, as that stands now. What is wrong with one is not told here."""
 
+    async def buyer(self) -> EmbeddingRequest | None:
+        """One that asks as the tenant stands now, for whatever texts; None: nobody may ask any more."""
+
     async def noted(self, words: bytes) -> None:
         """From now on its `note`, whatever happens. Raises TakenOver."""
 
@@ -75,6 +78,11 @@ class Orders(msgspec.Struct, frozen=True):
 
     since_s: float
     lots: tuple[Lot, ...]
+
+
+def ordered_since_s(note: bytes) -> float | None:
+    """Since when something is ordered (Unix seconds), as is noted; None: nothing was."""
+    return _orders_of(note).since_s if note else None
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -194,7 +202,7 @@ class VendorPath:
         if lot.unheard:  # it is known to be none, and so is its name in the books
             self.wholesale.nothing_came(_name(errand, lot), parcel, "not found")
             return msgspec.structs.replace(lot, attempt=lot.attempt + 1, unheard=False)
-        request = None if late else await _request(errand)
+        request = None if late else await errand.buyer()
         if request is None:
             return _over(lot)
         for _ in range(_MOST_TRIES):
@@ -259,13 +267,7 @@ class VendorPath:
 
         False: not all of it is over yet. After `CALLED_OFF_S` since `since_s` nothing is waited for.
         """
-        open_lots = [
-            (errand, lot)
-            for errand in errands
-            if errand.note
-            for lot in _orders_of(errand.note).lots
-            if lot.came or not lot.over
-        ]
+        open_lots = _open(errands)
         standing = [await self._called_off(errand, lot) for errand, lot in open_lots]
         patient = self.clock() - since_s < CALLED_OFF_S
         if "running" in standing and patient:
@@ -278,6 +280,11 @@ class VendorPath:
                     if patient:
                         return False
         return True
+
+    async def out_of_reach(self, errands: Sequence[Errand]) -> set[str]:
+        """Deployments that these errands may have something under way at, and that are not there any more."""
+        parcels = [await self._parcel(errand, lot) for errand, lot in _open(errands) if not lot.over]
+        return {parcel.deployment for parcel in parcels if not self.wholesale.knows(parcel)}
 
     async def _called_off(self, errand: Errand, lot: Lot) -> Lot | Literal["running", "nothing"]:
         """How it stands; of the lot itself there is something to be had."""
@@ -304,9 +311,10 @@ class VendorPath:
             return "running"
 
 
-async def _request(errand: Errand) -> EmbeddingRequest | None:
-    """One of them; None: nobody may ask any more."""
-    return await anext(errand.requests(), None)
+def _open(errands: Sequence[Errand]) -> list[tuple[Errand, Lot]]:
+    """What may be under way, or be had."""
+    noted = [(errand, lot) for errand in errands if errand.note for lot in _orders_of(errand.note).lots]
+    return [(errand, lot) for errand, lot in noted if lot.came or not lot.over]
 
 
 def _over(lot: Lot) -> Lot:

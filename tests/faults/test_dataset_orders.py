@@ -218,7 +218,8 @@ async def begin(here: Site, batches: int = 1) -> None:
     """A run that is killed when so much is ordered."""
     process = await here.start()
     heard = asyncio.create_task(process.communicate())
-    while len(here.upstream.batches.batches) < batches:  # noqa: ASYNC110
+    while len(here.upstream.batches.batches) < batches:
+        assert process.returncode is None
         await asyncio.sleep(0.05)
     await asyncio.sleep(0.5)  # and noted
     process.kill()
@@ -272,6 +273,34 @@ async def test_who_has_changed_his_mind_pays_for_no_batch_on_top(tmp_path: Path,
         assert {call.state for call in calls} <= {"billed", "failed"}
         assert max(bought.values(), default=0) <= 1
         assert report["cached"] == (0 if same else 2000)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "said"),
+    [
+        ("main", "other", 2, "under way at deployments.main, which is not configured here"),
+        ("sk-emulator-key", "sk-wrong-one", 4, "deployments.main does not accept the key; go on with"),
+    ],
+)
+async def test_what_cannot_be_called_off_is_not_forgotten(
+    tmp_path: Path, old: str, new: str, code: int, said: str
+) -> None:  # fmt: skip
+    """A forced run stops with a line, and the next one calls the batches off once that can be."""
+    async with site(tmp_path, 1500) as here:
+        desk, file = here.upstream.batches, tmp_path / "embedgate.toml"
+        desk.steps = FOR_EVER
+        await begin(here)
+        [batch] = desk.batches.values()
+        before = file.read_text()
+        file.write_text(before.replace(old, new))
+        ended, _, complaints = await asyncio.wait_for(here.run("--tier", "online", "--force"), 30)
+        assert (ended, batch.status) == (code, "validating"), complaints
+        assert said in complaints.splitlines()[-1]
+        assert not here.bought
+        file.write_text(before)
+        await here.report("--tier", "online", "--force")
+        here.proves()
+        assert batch.status == "cancelled"
 
 
 async def test_a_model_without_batches_is_refused_in_words(tmp_path: Path) -> None:

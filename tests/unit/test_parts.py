@@ -38,8 +38,13 @@ def vectors_of(rows: Sequence[Row]) -> Matrix:
     return identifying_vectors([row.text for row in rows], MODEL, WIDTH)
 
 
-def make(source: Source, out: str, *, failing: Sequence[str] = (), omits: bool = False, model: str = MODEL) -> None:
-    """The output that a run makes, without vectors for the ids `failing`, which has cost a little."""
+def make(
+    source: Source, out: str, *, failing: Sequence[str] = (), omits: bool = False, model: str = MODEL, ends: bool = True
+) -> None:
+    """The output that a run makes, without vectors for the ids `failing`, which has cost a little.
+
+    Unless it `ends` it dies with all of it done.
+    """
 
     async def work(sink: Sink, trail: Trail, checkpoint: Checkpoint, _: Earlier | None) -> Checkpoint:
         rows = [*source.read()]
@@ -51,7 +56,11 @@ def make(source: Source, out: str, *, failing: Sequence[str] = (), omits: bool =
         trail.add([hash_of(rows[number]) for number in kept], failed)
         spent = Spent(len(rows), len(failed), tokens=10, calls=1.5, nano_usd=7)
         state = dict(sink.sync())
-        return trail.note(Checkpoint(checkpoint.subject, "2026-01-01", len(rows), state, spent=spent, seconds=2.0))
+        after = Checkpoint(checkpoint.subject, "2026-01-01", len(rows), state, spent=spent, seconds=2.0)
+        after = trail.note(after)
+        if not ends:
+            raise KeyboardInterrupt
+        return after
 
     asyncio.run(made(Wish(source, out, model, "space", WIDTH, Manner(omits=omits), {}), work))
 
@@ -122,24 +131,42 @@ def test_joined_parts_are_what_one_run_makes(tmp_path: Path, form: str, omits: b
     assert join(source, out, 50, omits=omits).was_there
 
 
-def test_a_join_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """Who dies in the third part begins with it; what was spent is counted once."""
-    source, one, out = Texts(100), str(tmp_path / "one.jsonl"), str(tmp_path / "out.jsonl")
-    make(source, one)
+@pytest.mark.parametrize("omits", [False, True])
+def test_a_join_begins_anew_over_what_is_half_done(tmp_path: Path, omits: bool) -> None:
+    """By a join that died in the third part, or by a run of the whole; everything is counted once."""
+    source, one, out, failing = Texts(100), str(tmp_path / "one.jsonl"), str(tmp_path / "out.jsonl"), ["id3", "id60"]
+    make(source, one, failing=failing, omits=omits)
     for part in parts_of(4):
-        make(part.of(source), part.out(out))
+        make(part.of(source), part.out(out), failing=failing, omits=omits)
 
     def dying(checkpoint: Checkpoint) -> None:
         if checkpoint.rows == 50:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        join(source, out, 4, told=dying)
-    seen: list[int] = []
-    outcome = join(source, out, 4, told=lambda checkpoint: seen.append(checkpoint.rows))
-    assert seen == [75, 100]
-    assert outcome.spent == Spent(100, 0, tokens=40, calls=6.0, nano_usd=28)
-    assert Path(out).read_bytes() == Path(one).read_bytes()
+        join(source, out, 4, omits=omits, told=dying)
+    with pytest.raises(KeyboardInterrupt):
+        make(source, out, failing=failing, omits=omits, ends=False)
+    outcome = join(source, out, 4, omits=omits)
+    assert outcome.spent == Spent(100, 2, tokens=40, calls=6.0, nano_usd=28)
+    for end in ("", ".hashes", ".failed.jsonl"):
+        assert Path(out + end).read_bytes() == Path(one + end).read_bytes(), end
+    assert join(source, out, 4, omits=omits).was_there
+
+
+def test_no_join_is_made_where_rows_are_ordered(tmp_path: Path) -> None:
+    """The run that has ordered them in the vendor's batches goes on as if nobody had tried, also with --force."""
+    source, out = Texts(10), str(tmp_path / "out.npy")
+    [only] = parts_of(1)
+    make(only.of(source), only.out(out))
+    with pytest.raises(KeyboardInterrupt):
+        make(source, out, ends=False)
+    before = Path(f"{out}.progress").read_bytes()
+    Path(f"{out}.orders").mkdir()
+    joint = Joint(source, out, out, 1, "", 0, False, {}, anew=True)
+    with pytest.raises(DataError, match="under way in the vendor's batches"):
+        asyncio.run(joined(joint, lambda _: None))
+    assert Path(f"{out}.progress").read_bytes() == before
 
 
 def test_every_part_that_does_not_fit_is_told(tmp_path: Path) -> None:
