@@ -254,7 +254,7 @@ async def _all(
     home: Home, texts: Iterable[str], on_progress: Callable[[int], None] | None
 ) -> list[bytes | None]:  # fmt: skip
     """A vector for each text, or None; `_AT_ONCE` requests at a time. What is the caller's is used on their loop."""
-    patient = Patient(home.embed, attempts=1, rng=random.Random())  # noqa: S311 — jitter
+    patient = Patient(home.embed, attempts=2, rng=random.Random())  # noqa: S311 — jitter
     patience_s = home.desk.runtime.settings.embed.give_up_after_s
     rows: list[bytes | None] = []
     given, taken = _several(texts), 0

@@ -5,7 +5,7 @@ What is made for every request is a msgspec Struct, a fifth of a frozen dataclas
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -287,3 +287,16 @@ class Vector(msgspec.Struct, frozen=True, gc=False):
 
     data: bytes
     tokens: int
+
+
+class Basket(msgspec.Struct, eq=False):
+    """What is bought for a request before it is answered: vectors by key, elsewhere or by tries that failed.
+
+    Of what such tries bought `calls` are their part of all calls, `nano_usd` about what they cost, None where that is
+    not known, and `texts` how many texts of the request it was for.
+    """
+
+    vectors: MutableMapping[bytes, Vector] = {}
+    texts: int = 0
+    calls: float = 0.0
+    nano_usd: int | None = 0

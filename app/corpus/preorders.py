@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -89,13 +89,13 @@ class Preorders:
             self._tasks.create_task(self._follow(span, wait))
         await asyncio.Future()  # what is over is brought when it is needed
 
-    async def bought(self, rows: Sequence[Row]) -> tuple[Mapping[bytes, Vector], Work]:
+    async def bought(self, rows: Sequence[Row]) -> tuple[MutableMapping[bytes, Vector], Work]:
         """What the batches brought for neighbouring rows, by key, beside others; and what spans took that begin here.
 
         Waits until they are over. Later calls are for later rows.
         """
         await self._ready.wait()
-        vectors: Mapping[bytes, Vector] = {}
+        vectors: MutableMapping[bytes, Vector] = {}
         work = NO_WORK
         first, last = (row.number // self._plan.span_rows for row in (rows[0], rows[-1]))
         for number in range(first, last + 1):

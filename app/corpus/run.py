@@ -18,10 +18,11 @@ from app.corpus.alone import alone
 from app.corpus.preorders import Preorders, call_off
 from app.corpus.rows import DataError, Lost, Shape, Sink, Source
 from app.corpus.sinks import Output, open_sink
-from app.corpus.stream import Earlier, Engine, Manner, Means, Stream, unbroken
+from app.corpus.stream import Earlier, Manner, Means, Stream, unbroken
 from app.corpus.trail import Checkpoint, Spent, Trail
 from app.domain import EmbeddingRequest
 from app.engine.wholesale import Wholesale
+from app.jobs.patience import Engine
 
 
 class Subject(msgspec.Struct, frozen=True):

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final, NamedTuple, ParamSpec, Protocol, TypeVar
@@ -13,10 +13,10 @@ import numpy as np
 
 from app.corpus.rows import Matrix, Row, Sink, Source
 from app.corpus.trail import Checkpoint, Failed, Known, Spent, Trail, hash_of
-from app.domain import EmbeddingRequest, EmbeddingResult, Vector
+from app.domain import Basket, EmbeddingRequest, EmbeddingResult, Vector
 from app.errors import EmbedgateError
 from app.job import Work
-from app.jobs.patience import Patient
+from app.jobs.patience import Engine, Patient
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,20 +29,13 @@ class GaveUp(Exception):
     """It does not go on, as a string: why; what was done is safe."""
 
 
-class Engine(Protocol):
-    """The one door, see `Gateway`."""
-
-    async def embed(self, request: EmbeddingRequest, bought: Mapping[bytes, Vector] = ...) -> EmbeddingResult:
-        """One vector per text, in order."""
-
-
 class Supply(Protocol):
     """What is bought of rows before their turn, see `Preorders`."""
 
     async def run(self, start: int) -> None:
         """Buys for the rows from `start` on."""
 
-    async def bought(self, rows: Sequence[Row]) -> tuple[Mapping[bytes, Vector], Work]:
+    async def bought(self, rows: Sequence[Row]) -> tuple[MutableMapping[bytes, Vector], Work]:
         """Vectors by key, and what these took that were not told of before."""
 
 
@@ -108,7 +101,7 @@ class Stream:
         self._source = source
         self._sink = sink
         self._trail = trail
-        self._patient = Patient(means.engine.embed, attempts=1, rng=rng)  # the engine has tried as often as it may
+        self._patient = Patient(means.engine.embed, attempts=2, rng=rng)
         self._manner = manner
         self._means = means
         self._dimensions = dimensions
@@ -181,7 +174,7 @@ class Stream:
 
     async def _chunk(self, rows: Sequence[Row]) -> _Done:
         """Every row with its vector, or why it has none."""
-        bought: Mapping[bytes, Vector] = {}
+        bought: MutableMapping[bytes, Vector] = {}
         spent = Spent(len(rows))
         if self._means.supply is not None:  # which is asked for rows in their order
             bought, work = await self._means.supply.bought(rows)
@@ -194,9 +187,12 @@ class Stream:
         wanted = [row for row in rows if row.number not in answers]
         spent += Spent(kept=len(kept))
         if wanted:
-            brought, took = await self._embedded(wanted, bought)
-            answers |= brought
+            brought, took = await embed_each(self._patient, self._means.ask, [row.text for row in wanted], bought)
             spent += took
+            answers |= {
+                row.number: Failed(row.number, row.id, reason_of(it)) if isinstance(it, EmbedgateError) else it
+                for row, it in zip(wanted, brought, strict=True)
+            }
         failed = sum(isinstance(answer, Failed) for answer in answers.values())
         spent = msgspec.structs.replace(spent, failed=failed)
         return _Done(rows, [answers[row.number] for row in rows], spent)
@@ -206,22 +202,6 @@ class Stream:
         if self._earlier is None or not rows:
             return {}
         return await asyncio.to_thread(_reused, self._earlier, rows)
-
-    async def _embedded(
-        self, rows: Sequence[Row], bought: Mapping[bytes, Vector]
-    ) -> tuple[dict[int, bytes | Failed], Spent]:
-        """By the engine; what it will not have together, each by itself."""
-        result = await self._patient.ask(self._means.ask([row.text for row in rows]), bought)
-        if isinstance(result, EmbeddingResult):
-            return dict(zip((row.number for row in rows), result.vectors, strict=True)), _took(result)
-        if len(rows) == 1:
-            return {rows[0].number: Failed(rows[0].number, rows[0].id, _reason(result))}, Spent()
-        answers: dict[int, bytes | Failed] = {}
-        spent = Spent()
-        for each in await asyncio.gather(*(self._embedded([row], bought) for row in rows)):
-            answers |= each[0]
-            spent += each[1]
-        return answers, spent
 
     # ── what is done ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -257,6 +237,30 @@ class Stream:
         return np.frombuffer(data, "<f4").reshape(len(answers), self._dimensions)
 
 
+async def embed_each(
+    patient: Patient, ask: Callable[[Sequence[str]], EmbeddingRequest], texts: Sequence[str],
+    bought: MutableMapping[bytes, Vector],
+) -> tuple[list[bytes | EmbedgateError], Spent]:  # fmt: skip
+    """The vector of each text, or why it has none; what cannot be had together is asked for one by one.
+
+    What fails buys into `bought`, by key: nothing in there is bought again.
+    """
+    basket = Basket(bought)
+    result = await patient.ask(ask(texts), basket)
+    spent = Spent(cached=-basket.texts, calls=basket.calls, nano_usd=basket.nano_usd)
+    if isinstance(result, EmbeddingResult):
+        cached = result.cache_hits + result.joined
+        spent += Spent(cached=cached, tokens=result.tokens, calls=result.calls, nano_usd=result.cost_nano_usd)
+        return [*result.vectors], spent
+    if len(texts) == 1:
+        return [result], spent
+    answers: list[bytes | EmbedgateError] = []
+    for alone in await asyncio.gather(*(embed_each(patient, ask, [text], bought) for text in texts)):
+        answers += alone[0]
+        spent += alone[1]
+    return answers, spent
+
+
 async def unbroken(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """`work` in a thread; who is cancelled meanwhile goes once it has ended, and then may close what it used."""
     running = asyncio.create_task(asyncio.to_thread(work, *args, **kwargs))
@@ -289,10 +293,6 @@ def _reused(earlier: Earlier, rows: Sequence[Row]) -> dict[int, bytes | Failed]:
     return found
 
 
-def _took(result: EmbeddingResult) -> Spent:
-    cached = result.cache_hits + result.joined
-    return Spent(0, 0, 0, cached, result.tokens, result.calls, result.cost_nano_usd)
-
-
-def _reason(error: EmbedgateError) -> str:
+def reason_of(error: EmbedgateError) -> str:
+    """In words."""
     return str(error) or type(error).__name__

@@ -5,25 +5,31 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Self
 
 import msgspec
 
 from app import money
-from app.domain import EmbeddingRequest, EmbeddingResult, Priority, Route, Space, Text, Vector
+from app.domain import Basket, EmbeddingRequest, EmbeddingResult, Priority, Route, Space, Text, Vector
 from app.engine.batcher import Batcher, CrashLog
 from app.engine.budget import Budget
 from app.engine.dispatcher import Dispatcher
 from app.engine.door import Door
 from app.engine.gate import LEAST_WAIT_S, Bell, Gate
 from app.engine.intake import Intake, Plan, Sized
-from app.engine.need import Need, parts_of, result_of
+from app.engine.need import Need, parts_of, put, result_of
 from app.engine.sharing import share
 from app.engine.shelf import Shelf
 from app.engine.workitem import Answer, WorkItem
 from app.engine.workqueue import QueueBound, WorkQueue
-from app.errors import DeadlineExceeded, EmbedgateError, ProviderUnavailable, RejectedInput, UpstreamFailed
+from app.errors import (
+    DeadlineExceeded,
+    EmbedgateError,
+    InvalidRequest,
+    ProviderUnavailable,
+    RejectedInput,
+    UpstreamFailed,
+)
 from app.ports import Budgets, Cache, Ledger, Limiter, Shares
 from app.telemetry import Telemetry
 
@@ -114,23 +120,22 @@ class Gateway:
 
     # ── the life of one request ─────────────────────────────────────────────────────────────────────────────────────
 
-    async def embed(
-        self, request: EmbeddingRequest, bought: Mapping[bytes, Vector] = MappingProxyType({})
-    ) -> EmbeddingResult:  # fmt: skip
+    async def embed(self, request: EmbeddingRequest, basket: Basket | None = None) -> EmbeddingResult:
         """One vector per text, in order, before the deadline; or an `EmbedgateError` for the whole request.
 
         When every deployment is out and the caller allows it, all of them come from the model that the operator named
-        for this case, and the result says so. What was `bought` elsewhere, by the keys that `missing` told, is as good
-        as kept.
+        for this case, and the result says so. What is in the `basket`, by the keys that `missing` told, is as good as
+        kept. Who has one wants all that can be had: one bad text does not end the request before the others are there,
+        and with its error these are in the basket.
         """
         try:
-            return await self._embed(request, bought)
+            return await self._embed(request, basket)
         except (ProviderUnavailable, UpstreamFailed) as outage:
             instead = self._instead(request)
             if instead is None:
                 raise
             try:
-                result = await self._embed(instead, {})
+                result = await self._embed(instead, None)
             except EmbedgateError:  # the caller asked for a model that is out, not for what the other would not take
                 raise outage from None
         self._parts.telemetry.answer_degraded(model=request.model, by=instead.model)
@@ -155,10 +160,11 @@ class Gateway:
             missing = {key: sized for key, sized in missing.items() if batcher.find(key) is None}
         return plan.space, missing
 
-    async def _embed(self, request: EmbeddingRequest, bought: Mapping[bytes, Vector]) -> EmbeddingResult:
+    async def _embed(self, request: EmbeddingRequest, basket: Basket | None) -> EmbeddingResult:
+        bought = basket.vectors if basket is not None else {}
         plan, keys, texts, found = await self._look(request, bought)
         if None in found:
-            return await self._buy(plan, keys, await self._need(plan, keys, texts, found, bought), bought)
+            return await self._buy(plan, keys, await self._need(plan, keys, texts, found, bought), basket)
         hits = [vector for vector in found if vector is not None]
         self._intake.check_total(plan, sum(vector.tokens for vector in hits))
         answered = result_of(plan, hits, cache_hits=len(hits))
@@ -210,7 +216,7 @@ class Gateway:
         return need
 
     async def _buy(
-        self, plan: Plan, keys: Sequence[bytes], need: Need, elsewhere: Mapping[bytes, Vector]
+        self, plan: Plan, keys: Sequence[bytes], need: Need, basket: Basket | None
     ) -> EmbeddingResult:  # fmt: skip
         """Gets what is needed.
 
@@ -219,7 +225,7 @@ class Gateway:
         """
         have, parts = need.have, need.parts
         owners = {key: keys.index(part.of) for key, part in parts.items()}
-        answers, new = await self._bring(plan, {key: part.sized for key, part in parts.items()}, owners, have)
+        answers, new = await self._bring(plan, {key: part.sized for key, part in parts.items()}, owners, have, basket)
         have |= {key: Vector(answer.data, answer.tokens) for key, answer in answers.items()}
         if joined_windows := need.join_windows(unit=plan.space.normalised):
             have |= joined_windows
@@ -228,7 +234,8 @@ class Gateway:
         joined = len(keys) - need.hits - len({parts[key].of for key in new})
         bought = [answers[key] for key in new]
         answered = result_of(plan, merged, cache_hits=need.hits, joined=joined, answers=answers.values(), bought=bought)
-        paid = [elsewhere[key].tokens for key in keys if key in elsewhere] if elsewhere else ()
+        bought_before = basket.vectors if basket is not None else {}
+        paid = [bought_before[key].tokens for key in keys if key in bought_before] if bought_before else ()
         spared_tokens = answered.tokens - sum(answer.tokens for answer in bought) - sum(paid)
         self._tell_spared(plan, max(0, need.hits - len(paid)), joined, max(0, spared_tokens))
         return answered
@@ -243,8 +250,9 @@ class Gateway:
         self._parts.ledger.spared(tenant, model, hits=hits, joined=joined, tokens=tokens, nano_usd=nano_usd)
 
     async def _bring(
-        self, plan: Plan, parts: Mapping[bytes, Sized], owners: Mapping[bytes, int], have: dict[bytes, Vector]
-    ) -> tuple[dict[bytes, Answer], Collection[bytes]]:
+        self, plan: Plan, parts: Mapping[bytes, Sized], owners: Mapping[bytes, int], have: dict[bytes, Vector],
+        basket: Basket | None,
+    ) -> tuple[dict[bytes, Answer], Collection[bytes]]:  # fmt: skip
         """What of `parts` is not in `have`, if the tenant may buy it; and which of it this request bought."""
         request, tokens = plan.request, [sized.tokens for key, sized in parts.items() if key not in have]
         gates = [self._parts.gates[deployment.name] for deployment in plan.route.deployments]
@@ -258,7 +266,13 @@ class Gateway:
             batcher = self._batcher(plan.route, plan.space)
             items, new = self._queue(batcher, plan, {key: part for key, part in parts.items() if key not in have})
             bought = [items[key] for key in new]
-            return await self._arrival(batcher, plan, items, owners), new
+            try:
+                return await self._arrival(batcher, plan, items, owners, whole=basket is not None), new
+            except EmbedgateError:
+                if basket is not None:
+                    came = {key: items[key].future.result() for key in new if _came(items[key].future)}
+                    put(basket, plan.route, came, len({owners[key] for key in came}))
+                raise
         finally:
             self._budget.leave(request)
             await self._door.leave(grant, bought)
@@ -283,9 +297,12 @@ class Gateway:
         return joined | new, new.keys()
 
     async def _arrival(
-        self, batcher: Batcher, plan: Plan, items: Mapping[bytes, WorkItem], owners: Mapping[bytes, int]
+        self, batcher: Batcher, plan: Plan, items: Mapping[bytes, WorkItem], owners: Mapping[bytes, int], *, whole: bool
     ) -> dict[bytes, Answer]:
-        """Waits for every item, or for the first that fails, or for the deadline; `owners` are places in the input."""
+        """Waits for every item, or for the first that fails, or for the deadline; `owners` are places in the input.
+
+        `whole`: that a text is refused is no reason not to wait for the others.
+        """
         request = plan.request
         futures = [item.future for item in items.values()]
         try:
@@ -293,8 +310,9 @@ class Gateway:
                 if plan.may_degrade and batcher.dispatcher.outage_s() is not None:
                     break
                 patience_s = min(left_s, _LOOK_S) if plan.may_degrade else left_s
-                await asyncio.wait(futures, timeout=patience_s, return_when=asyncio.FIRST_EXCEPTION)
-                if all(future.done() for future in futures) or any(map(_failed, futures)):
+                waiting = [future for future in futures if not future.done()] or futures
+                await asyncio.wait(waiting, timeout=patience_s, return_when=asyncio.FIRST_EXCEPTION)
+                if _is_over(futures, whole=whole):
                     break
         finally:
             batcher.leave(request, items.values())
@@ -368,5 +386,12 @@ def _place(route: Route, space: Space) -> tuple[str, ...]:
     return (space.id, *(deployment.name for deployment in route.deployments))
 
 
-def _failed(future: asyncio.Future[Answer]) -> bool:
-    return future.done() and future.exception() is not None
+def _is_over(futures: Sequence[asyncio.Future[Answer]], *, whole: bool) -> bool:
+    """Whether all are there, or one has failed; `whole`: for another reason than its text."""
+    errors = [future.exception() for future in futures if future.done()]
+    bearable = (RejectedInput, InvalidRequest) if whole else ()
+    return len(errors) == len(futures) or any(error is not None and not isinstance(error, bearable) for error in errors)
+
+
+def _came(future: asyncio.Future[Answer]) -> bool:
+    return future.done() and future.exception() is None

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from app import vectors
-from app.domain import EmbeddingResult, Route, Vector
+from app.domain import Basket, EmbeddingResult, Route, Vector
 from app.engine.intake import Plan, Sized
 from app.engine.workitem import Answer
 
@@ -65,10 +65,24 @@ def result_of(
         deployments=tuple(dict.fromkeys(answer.deployment for answer in answers)),
         queue_s=max(answer.queue_s for answer in answers),
         batch_items=max(answer.batch_items for answer in answers),
-        calls=sum(1 / answer.batch_items for answer in bought),
+        calls=_calls(bought),
         cost_nano_usd=_cost(plan.route, bought),
         retries=max(answer.retries for answer in answers),
     )  # fmt: skip
+
+
+def put(basket: Basket, route: Route, bought: Mapping[bytes, Answer], texts: int) -> None:
+    """Keeps what was bought for so many texts of a request that failed."""
+    answers, nano_usd = [*bought.values()], basket.nano_usd
+    cost = _cost(route, answers)
+    basket.vectors.update((key, Vector(answer.data, answer.tokens)) for key, answer in bought.items())
+    basket.texts += texts
+    basket.calls += _calls(answers)
+    basket.nano_usd = None if nano_usd is None or cost is None else nano_usd + cost
+
+
+def _calls(bought: Sequence[Answer]) -> float:
+    return sum(1 / answer.batch_items for answer in bought)
 
 
 def _cost(route: Route, bought: Sequence[Answer]) -> int | None:

@@ -2,11 +2,11 @@
 
 import asyncio
 import random
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import ChainMap, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
-from app.domain import EmbeddingRequest, EmbeddingResult
+from app.domain import Basket, EmbeddingRequest, EmbeddingResult, Vector
 from app.errors import (
     EmbedgateError,
     TryAgainLater,
@@ -43,11 +43,15 @@ class Paused(Exception):
 
 
 class Done(NamedTuple):
-    """What became of a line; `answer` is how it asked to be written and its vectors, or why there are none."""
+    """What became of a line; `answer` is how it asked to be written and its vectors, or why there are none.
+
+    `tried` is what tries took that failed.
+    """
 
     custom_id: str
     texts: int
     answer: tuple[Any, EmbeddingResult] | EmbedgateError
+    tried: Work = NO_WORK
 
     @property
     def size_bytes(self) -> int:
@@ -66,15 +70,16 @@ class ShardWork:
     """The lines of one leased task.
 
     `commit` says whether the task is still held. A caller that cancels `run` gives up what was not committed. What was
-    done for the lines `before` counts with the first of them.
+    `bought` elsewhere, by key, is not bought again; what was done for the lines `before` counts with the first of them.
     """
 
     def __init__(
-        self, task: Task, blobs: Blobs, wire: Wire, embed: Callable[[EmbeddingRequest], Awaitable[EmbeddingResult]],
+        self, task: Task, blobs: Blobs, wire: Wire, embed: Callable[..., Awaitable[EmbeddingResult]],
         commit: Callable[[Task, Piece], Awaitable[Task | None]], *, window: Window, attempts: int, rng: random.Random,
-        before: Work = NO_WORK,
+        bought: MutableMapping[bytes, Vector] | None = None, before: Work = NO_WORK,
     ) -> None:  # fmt: skip
         self._task = task
+        self._bought = {} if bought is None else bought
         self._before = before
         self._blobs = blobs
         self._wire = wire
@@ -149,9 +154,11 @@ class ShardWork:
 
     async def _line(self, custom_id: str, request: EmbeddingRequest, asked: Any) -> Done:
         """Until it is embedded or surely will not be."""
-        answer = await self._patient.ask(request)
+        basket = Basket(ChainMap({}, self._bought))
+        answer = await self._patient.ask(request, basket)
         told = answer if isinstance(answer, EmbedgateError) else (asked, answer)
-        return Done(custom_id, len(request.texts), told)
+        tried = Work(0, -basket.texts, basket.calls, basket.nano_usd)
+        return Done(custom_id, len(request.texts), told, tried)
 
     async def _wait(self, keeping: asyncio.Task[bool] | None) -> None:
         """Until the next line in order is done, or what is kept is kept, or it is time to keep what there is."""
@@ -188,7 +195,7 @@ class ShardWork:
         output_bytes = await self._write(good, answered)
         error_bytes = await self._write(bad, refused)
         tokens = sum(each.answer[1].tokens for each in answered if not isinstance(each.answer, EmbedgateError))
-        work = self._before + _work(answered)
+        work = sum((each.tried for each in done), self._before + _work(answered))
         piece = Piece(task.next_piece, len(done), len(answered), len(refused), tokens, output_bytes, error_bytes, work)
         after = await self._commit(task, piece)
         self._before = NO_WORK

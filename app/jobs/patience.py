@@ -3,11 +3,12 @@
 import asyncio
 import random
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import msgspec
 
-from app.domain import EmbeddingRequest, EmbeddingResult, Vector
+from app.domain import Basket, EmbeddingRequest, EmbeddingResult
 from app.errors import (
     BudgetExhausted,
     DeadlineExceeded,
@@ -21,6 +22,13 @@ from app.errors import (
 _TRY_S = 600.0  # the deadline of a try
 _COOL_BASE_S, _COOL_CAP_S = 1.0, 300.0
 _PROBE_S = 60.0
+
+
+class Engine(Protocol):
+    """The one door, see `Gateway`."""
+
+    async def embed(self, request: EmbeddingRequest, basket: Basket | None = ...) -> EmbeddingResult:
+        """One vector per text, in order."""
 
 
 class Cooldown:
@@ -52,7 +60,7 @@ class Patient:
     """Asks `embed` for all who wait together: whoever is told to come again tells the others.
 
     What fails is tried `attempts` times, after `base_s`, then after twice as long, at most `cap_s`. `embed` takes what
-    `ask` is called with.
+    `ask` is called with: with a basket nothing that a try has bought is bought by the next one.
     """
 
     def __init__(
@@ -71,13 +79,11 @@ class Patient:
         self._cooldown = Cooldown(rng)
         self._clock = asyncio.get_running_loop().time
 
-    async def ask(
-        self, request: EmbeddingRequest, *bought: Mapping[bytes, Vector]
-    ) -> EmbeddingResult | EmbedgateError:  # fmt: skip
+    async def ask(self, request: EmbeddingRequest, *basket: Basket) -> EmbeddingResult | EmbedgateError:
         """Its answer, however long that takes; or the error that no other try would mend.
 
-        What only has to wait is no try; and who has tried in vain goes on while nobody is there for others, either.
-        Raises CancelledError once there is no money left.
+        What only has to wait is no try, nor is one while nobody is there for others, either: somebody is before the last
+        one and after it. Raises CancelledError once there is no money left.
         """
         tries = 0
         while not self.broke:
@@ -86,7 +92,7 @@ class Patient:
                 await asyncio.sleep(wait_s)
                 continue
             try:
-                result = await self._embed(msgspec.structs.replace(request, deadline=now + _TRY_S), *bought)
+                result = await self._embed(msgspec.structs.replace(request, deadline=now + _TRY_S), *basket)
             except BudgetExhausted:
                 self.broke = True
             except (RateLimited, TryAgainLater) as error:
@@ -97,12 +103,13 @@ class Patient:
             except (UpstreamFailed, DeadlineExceeded, InternalError) as error:
                 self.heard = error
                 tries += 1
-                if tries >= self._attempts:
-                    if await self._is_served(request):
-                        return error
+                if tries < self._attempts - 1:
+                    await asyncio.sleep(min(self._cap_s, self._base_s * 2.0**tries) * self._rng.uniform(0.5, 1.0))
+                elif not await self._is_served(request):
+                    tries -= 1
                     self._cooldown.refused(self._clock(), 0.0)
-                    continue
-                await asyncio.sleep(min(self._cap_s, self._base_s * 2.0**tries) * self._rng.uniform(0.5, 1.0))
+                elif tries >= self._attempts:
+                    return error
             except EmbedgateError as error:
                 return error
             else:

@@ -3,12 +3,12 @@
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Protocol, Self, TypeVar, assert_never
+from typing import Final, Self, TypeVar, assert_never
 
-from app.domain import EmbeddingRequest, EmbeddingResult, Vector
+from app.domain import Vector
 from app.engine.wholesale import Wholesale
 from app.errors import BudgetExhausted, TryAgainLater
 from app.job import NO_WORK, Job, LineError, Order, Piece, Task, file_blob
@@ -16,6 +16,7 @@ from app.job_ports import Blobs, JobStore
 from app.jobs.embedding import Paused, ShardWork, Window, Wire
 from app.jobs.intake import Intake
 from app.jobs.joining import join
+from app.jobs.patience import Engine
 from app.jobs.shard_errand import ShardErrand
 from app.jobs.sweeping import sweep
 from app.jobs.vendor import TakenOver, VendorPath, Wait
@@ -32,13 +33,6 @@ _CALLED_OFF_LOOK_S = 10.0
 _TROUBLE_S = 10.0  # how long a task is left to others after what should not have happened
 
 _T = TypeVar("_T")
-
-
-class Engine(Protocol):
-    """The one door, see `Gateway`."""
-
-    async def embed(self, request: EmbeddingRequest, bought: Mapping[bytes, Vector] = ...) -> EmbeddingResult:
-        """One vector per text, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +220,7 @@ class Runner:
 
     async def _embed(self, task: Task) -> str:
         """The lines of a shard; before that what of them the vendor's batches bring, if that is wanted."""
-        vectors: Mapping[bytes, Vector] = {}
+        bought: MutableMapping[bytes, Vector] = {}
         before = NO_WORK
         if task.job.order.tier == "vendor_batch" and (task.note or self._wholesale.sells(task.job.model)):
             errand = self._errand(task)
@@ -238,10 +232,10 @@ class Runner:
             if isinstance(found, Wait):
                 await self._surely(lambda: self._store.rest(task, for_s=found.for_s))
                 return "waits for the vendor"
-            vectors, before = found.vectors, NO_WORK if task.done_lines else found.work
+            bought, before = found.vectors, NO_WORK if task.done_lines else found.work
         work = ShardWork(
-            task, self._blobs, self._wire, lambda request: self._engine.embed(request, vectors), self._commit,
-            window=self._bounds.window, attempts=self._bounds.attempts, rng=self._rng, before=before,
+            task, self._blobs, self._wire, self._engine.embed, self._commit,
+            window=self._bounds.window, attempts=self._bounds.attempts, rng=self._rng, bought=bought, before=before,
         )  # fmt: skip
         return "done" if await work.run() else "taken over"
 

@@ -1,7 +1,7 @@
 """Hides how texts are bought in the vendor's own batches, over hours, restarts and second thoughts."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol
 
@@ -93,7 +93,7 @@ _parcel_of = msgspec.msgpack.Decoder(Parcel).decode
 class Brought(NamedTuple):
     """All that the vendor was asked for, as far as it came: vectors by key; and what that took."""
 
-    vectors: Mapping[bytes, Vector]
+    vectors: MutableMapping[bytes, Vector]
     work: Work
 
 

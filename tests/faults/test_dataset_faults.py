@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import json
 import os
 import random
 import resource
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from tests.books import Vendor, balance
+from tests.emulators import faults
 from tests.emulators.openai import ModelCard, OpenAIEmulator
 from tests.identity import identifying_vectors
 
@@ -112,6 +114,34 @@ async def test_no_kill_leaves_a_trace(tmp_path: Path) -> None:
     assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "saved.npy").read_bytes()
     beside = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out"))  # noqa: ASYNC240
     assert beside == ["out.npy", "out.npy.hashes", "out.npy.meta.json"]
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 2**20])
+async def test_what_a_refused_row_travelled_with_is_bought_once_and_told(tmp_path: Path, memory_bytes: int) -> None:
+    """Its neighbours are there; the report, the books and the vendor's bill say the same, with and without a cache."""
+    async with site(tmp_path, rows=300) as here:
+        here.upstream.poison.update(here.texts[7::100])
+        with (tmp_path / "embedgate.toml").open("a") as file:
+            file.write(f"canary_interval_s = 0\n[cache]\nmemory_bytes = {memory_bytes}\n")
+        code, said, complaints = await here.run("out.npy", "--json", data="data")
+        report = json.loads(said)
+        assert (code, report["failed"], report["cached"]) == (3, 3, 0), complaints
+        found = np.load(tmp_path / "out.npy")
+        assert np.flatnonzero(np.isnan(found).any(axis=1)).tolist() == [7, 107, 207]
+        bill = here.upstream.bill
+        probes = bill.items - 297
+        assert 0 <= probes <= 12  # single words, when nobody can say yet whether a text or a provider is to blame
+        assert report["tokens"] <= bill.tokens <= report["tokens"] + 2 * probes
+        assert report["cost_usd"] == pytest.approx(report["tokens"] * 20e-6)
+        assert report["calls"] >= 3
+
+
+async def test_a_blip_fails_no_row_that_travels_alone(tmp_path: Path) -> None:
+    """It is asked for again, once somebody else is served."""
+    async with site(tmp_path, rows=1) as here:
+        here.upstream.inject(faults.status(503), 3)
+        code, _, complaints = await here.run("out.npy", data="data")
+        assert code == 0, complaints
 
 
 @pytest.mark.parametrize(("form", "most_bytes"), [("jsonl", 8_000_000), ("npy", 2_000_000)])

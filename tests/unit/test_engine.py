@@ -2,11 +2,23 @@
 
 import asyncio
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from app.domain import ANONYMOUS, Attempts, Deployment, EmbeddingRequest, Limits, Priority, Space, Tenant, Vector
+from app.domain import (
+    ANONYMOUS,
+    Attempts,
+    Basket,
+    Deployment,
+    EmbeddingRequest,
+    Limits,
+    Priority,
+    Space,
+    Tenant,
+    Vector,
+)
 from app.engine.workqueue import QueueBound
 from app.errors import (
     BadCredential,
@@ -170,9 +182,9 @@ async def test_what_was_bought_elsewhere_is_as_good_as_kept_and_is_no_saving() -
         made = {key: Vector(identifying_vector(str(each.payload), MODEL, WIDTH).tobytes(), each.tokens)
                 for key, each in missing.items()}  # fmt: skip
         first = next(iter(made))
-        result = await rig.gateway.embed(request, {first: made[first]})
+        result = await rig.gateway.embed(request, Basket({first: made[first]}))
         assert (result.vectors, rig.provider.texts) == ([each.data for each in made.values()], ["c"])
-        await rig.gateway.embed(request, made)
+        await rig.gateway.embed(request, Basket(made))
         assert (notebook.hits, notebook.joined, notebook.tokens) == (0, 0, 0)
         assert rig.provider.texts == ["c"]
         await rig.ask("c", "a b")
@@ -206,6 +218,27 @@ async def test_a_failed_text_is_not_remembered_as_failed() -> None:
             await rig.ask("bad")
         rig.provider.poison = frozenset()
         await rig.ask("bad")
+
+
+@pytest.mark.parametrize("cached", [True, False])
+async def test_who_has_a_basket_gets_all_that_can_be_had(cached: bool) -> None:
+    """One refused text does not stop the others; with the error they are in the basket, and are not bought again."""
+    texts = tuple("bad" if number == 7 else f"text {number}" for number in range(40))
+    provider = ScriptedProvider(poison=frozenset({"bad"}), refusal=InputRefused("status 400"))
+    notebook = Notebook()
+    async with engine(provider, ledger=notebook, cache=MemoryCache(1 << 24 if cached else 0)) as rig:
+        request, basket = EmbeddingRequest(ANONYMOUS, MODEL, texts, now() + 60.0), Basket()
+        with pytest.raises(RejectedInput) as refused:
+            await rig.gateway.embed(request, basket)
+        assert (refused.value.position, basket.texts, len(basket.vectors)) == (7, 39, 39)
+        good_calls = [sent for _, sent in provider.calls if {*sent} <= {*texts} - {"bad"}]
+        assert basket.calls == pytest.approx(len(good_calls))
+        answers = Counter(provider.texts)
+        good = EmbeddingRequest(ANONYMOUS, MODEL, texts[:7] + texts[8:], now() + 60.0)
+        result = await rig.gateway.embed(good, basket)
+        assert result.vectors == [identifying_vector(text, MODEL, WIDTH).tobytes() for text in good.texts]
+        assert (result.calls, Counter(provider.texts)) == (0, answers)
+        assert notebook.hits == 0
 
 
 async def test_a_joined_text_takes_the_higher_priority() -> None:

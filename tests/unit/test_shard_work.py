@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
-from app.domain import ANONYMOUS, EmbeddingRequest, EmbeddingResult, Priority, Tenant
+from app.domain import ANONYMOUS, Basket, EmbeddingRequest, EmbeddingResult, Priority, Tenant
 from app.errors import (
     BudgetExhausted,
     EmbedgateError,
@@ -28,7 +28,7 @@ from tests.rig import MODEL, WIDTH, Rig, ScriptedProvider, engine
 
 pytestmark = pytest.mark.looptime(start=1000.0)
 
-Embed = Callable[[EmbeddingRequest], Awaitable[EmbeddingResult]]
+Embed = Callable[..., Awaitable[EmbeddingResult]]
 
 ORDER = Order("batch_x", "anonymous", "", "", "file-x", 86_400, {})
 _WINDOW = Window(16, 64)
@@ -271,13 +271,13 @@ async def test_a_line_that_fails_again_and_again_is_given_up() -> None:
         bench = Bench(rig, [f"text {at}" for at in range(200)])
         tried = 0
 
-        async def embed(request: EmbeddingRequest) -> EmbeddingResult:
+        async def embed(request: EmbeddingRequest, basket: Basket | None = None) -> EmbeddingResult:
             nonlocal tried
             if request.texts == ("text 3",):
                 tried += 1
                 await asyncio.sleep(0.2)
                 raise UpstreamFailed
-            return await rig.gateway.embed(request)
+            return await rig.gateway.embed(request, basket)
 
         running = asyncio.create_task(bench.work(attempts=3, embed=embed).run())
         await asyncio.wait((running,), timeout=60.0)
@@ -302,12 +302,12 @@ async def test_a_budget_that_is_gone_pauses_and_fails_nothing() -> None:
         bench = Bench(rig, [f"text {at}" for at in range(40)])
         left = 10
 
-        async def embed(request: EmbeddingRequest) -> EmbeddingResult:
+        async def embed(request: EmbeddingRequest, basket: Basket | None = None) -> EmbeddingResult:
             nonlocal left
             if left <= 0:
                 raise BudgetExhausted("tenant x", "2026-11")
             left -= 1
-            return await rig.gateway.embed(request)
+            return await rig.gateway.embed(request, basket)
 
         with pytest.raises(Paused):
             await bench.work(embed=embed).run()
@@ -322,10 +322,10 @@ async def test_a_tenant_over_its_limits_only_waits() -> None:
         bench = Bench(rig, [f"text {at}" for at in range(20)])
         refusals = deque([RateLimited("slow", kind="tokens", retry_after_s=20.0)])
 
-        async def embed(request: EmbeddingRequest) -> EmbeddingResult:
+        async def embed(request: EmbeddingRequest, basket: Basket | None = None) -> EmbeddingResult:
             if refusals:
                 raise refusals.popleft()
-            return await rig.gateway.embed(request)
+            return await rig.gateway.embed(request, basket)
 
         began = asyncio.get_running_loop().time()
         assert await bench.work(embed=embed).run()

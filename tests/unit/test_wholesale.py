@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from app.domain import ANONYMOUS, EmbeddingRequest, Space, Spender, Text, Truncation
+from app.domain import ANONYMOUS, Basket, EmbeddingRequest, Space, Spender, Text, Truncation
 from app.engine.wholesale import Parcel, Vendor, Wanted, Wholesale
 from app.errors import BrokenOff, InputRefused, InvalidRequest, MalformedReply, ProviderError, Throttled, Transient
 from app.job_ports import BatchAnswer, BatchLimits, BatchState
@@ -147,7 +147,7 @@ async def test_of_a_long_text_its_windows_are_missing() -> None:
         parcel = await at.parcel(long, "short")
         vendor_id = await at.wholesale.order("n", parcel, asked(long))
         delivery = await at.wholesale.receive("n", vendor_id, parcel)
-        result = await at.rig.gateway.embed(asked(long, "short"), delivery.vectors)
+        result = await at.rig.gateway.embed(asked(long, "short"), Basket({**delivery.vectors}))
         assert (len(result.vectors), result.tokens) == (2, 24)
         assert at.rig.provider.calls == []
         assert await at.missing(long) == []

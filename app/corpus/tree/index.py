@@ -12,15 +12,16 @@ from typing import Final, NamedTuple
 import msgspec
 
 from app.corpus.rows import DataError
-from app.corpus.stream import Engine, GaveUp, Manner
+from app.corpus.stream import GaveUp, Manner, embed_each, reason_of
 from app.corpus.trail import Spent
 from app.corpus.tree.changes import Changes, Cut, Failure, Lot
 from app.corpus.tree.pieces import Chunk
 from app.corpus.tree.stored import Made
 from app.corpus.tree.tables import Tables
 from app.corpus.tree.writing import Settled, Writer
-from app.domain import EmbeddingRequest, EmbeddingResult
-from app.jobs.patience import Patient
+from app.domain import EmbeddingRequest
+from app.errors import EmbedgateError
+from app.jobs.patience import Engine, Patient
 
 COMMIT_S: Final = 1.0
 """How old a chunk that is done may be before it is written, so long as those before it are done, too."""
@@ -97,7 +98,7 @@ class Indexing:
     ) -> None:  # fmt: skip
         self._wish = wish
         self._tables = tables
-        self._patient = Patient(engine.embed, attempts=1, rng=rng)  # the engine has tried as often as it may
+        self._patient = Patient(engine.embed, attempts=2, rng=rng)
         self._ask = ask
         self._told = told
         self._complaint = complaint
@@ -214,28 +215,15 @@ class Indexing:
         kept_tokens = sum(chunk.tokens for chunk in chunks if chunk.id in vectors)
         failures: list[Failure] = []
         if wanted := [chunk for chunk in chunks if chunk.id not in vectors]:
-            brought, failures, took = await self._bought(wanted)
-            vectors |= brought
+            brought, took = await embed_each(self._patient, self._ask, [chunk.passage for chunk in wanted], {})
             spent += took
+            for chunk, answer in zip(wanted, brought, strict=True):
+                if isinstance(answer, EmbedgateError):
+                    failures.append(Failure(chunk.path, chunk.start_line, chunk.end_line, reason_of(answer)))
+                else:
+                    vectors[chunk.id] = answer
+            spent += Spent(failed=len(failures))
         return _Done(Settled(lot, vectors), failures, spent, kept_tokens)
-
-    async def _bought(self, chunks: Sequence[Chunk]) -> tuple[dict[str, bytes], list[Failure], Spent]:
-        """Of the engine; where it will not have them together, each by itself."""
-        result = await self._patient.ask(self._ask([chunk.passage for chunk in chunks]))
-        if isinstance(result, EmbeddingResult):
-            cached = result.cache_hits + result.joined
-            took = Spent(cached=cached, tokens=result.tokens, calls=result.calls, nano_usd=result.cost_nano_usd)
-            return dict(zip((chunk.id for chunk in chunks), result.vectors, strict=True)), [], took
-        if len(chunks) == 1:
-            [chunk] = chunks
-            failure = Failure(chunk.path, chunk.start_line, chunk.end_line, str(result) or type(result).__name__)
-            return {}, [failure], Spent(failed=1)
-        vectors, failures, spent = dict[str, bytes](), list[Failure](), Spent()
-        for alone in await asyncio.gather(*(self._bought([chunk]) for chunk in chunks)):
-            vectors |= alone[0]
-            failures += alone[1]
-            spent += alone[2]
-        return vectors, failures, spent
 
 
 def _opened(tables: Tables, wish: Wish) -> Writer:
