@@ -292,11 +292,13 @@ class Vector(msgspec.Struct, frozen=True, gc=False):
 class Basket(msgspec.Struct, eq=False):
     """What is bought for a request before it is answered: vectors by key, elsewhere or by tries that failed.
 
-    Of what such tries bought `calls` are their part of all calls, `nano_usd` about what they cost, None where that is
-    not known, and `texts` how many texts of the request it was for.
+    Who wants `each` text that can be had waits for the others if one is refused; else that ends the request. Of what
+    such tries bought `calls` are their part of all calls, `nano_usd` about what they cost, None where that is not
+    known, and `texts` how many texts of the request it was for.
     """
 
     vectors: MutableMapping[bytes, Vector] = {}
+    each: bool = False
     texts: int = 0
     calls: float = 0.0
     nano_usd: int | None = 0

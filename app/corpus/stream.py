@@ -245,7 +245,7 @@ async def embed_each(
 
     What fails buys into `bought`, by key: nothing in there is bought again.
     """
-    basket = Basket(bought)
+    basket = Basket(bought, each=True)
     result = await patient.ask(ask(texts), basket)
     spent = Spent(cached=-basket.texts, calls=basket.calls, nano_usd=basket.nano_usd)
     if isinstance(result, EmbeddingResult):

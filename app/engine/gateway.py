@@ -125,8 +125,7 @@ class Gateway:
 
         When every deployment is out and the caller allows it, all of them come from the model that the operator named
         for this case, and the result says so. What is in the `basket`, by the keys that `missing` told, is as good as
-        kept. Who has one wants all that can be had: one bad text does not end the request before the others are there,
-        and with its error these are in the basket.
+        kept; with an error what came is in there, too.
         """
         try:
             return await self._embed(request, basket)
@@ -267,7 +266,7 @@ class Gateway:
             items, new = self._queue(batcher, plan, {key: part for key, part in parts.items() if key not in have})
             bought = [items[key] for key in new]
             try:
-                return await self._arrival(batcher, plan, items, owners, whole=basket is not None), new
+                return await self._arrival(batcher, plan, items, owners, each=bool(basket and basket.each)), new
             except EmbedgateError:
                 if basket is not None:
                     came = {key: items[key].future.result() for key in new if _came(items[key].future)}
@@ -297,11 +296,11 @@ class Gateway:
         return joined | new, new.keys()
 
     async def _arrival(
-        self, batcher: Batcher, plan: Plan, items: Mapping[bytes, WorkItem], owners: Mapping[bytes, int], *, whole: bool
+        self, batcher: Batcher, plan: Plan, items: Mapping[bytes, WorkItem], owners: Mapping[bytes, int], *, each: bool
     ) -> dict[bytes, Answer]:
         """Waits for every item, or for the first that fails, or for the deadline; `owners` are places in the input.
 
-        `whole`: that a text is refused is no reason not to wait for the others.
+        Of `each` see `Basket`.
         """
         request = plan.request
         futures = [item.future for item in items.values()]
@@ -312,7 +311,7 @@ class Gateway:
                 patience_s = min(left_s, _LOOK_S) if plan.may_degrade else left_s
                 waiting = [future for future in futures if not future.done()] or futures
                 await asyncio.wait(waiting, timeout=patience_s, return_when=asyncio.FIRST_EXCEPTION)
-                if _is_over(futures, whole=whole):
+                if _is_over(futures, each=each):
                     break
         finally:
             batcher.leave(request, items.values())
@@ -386,10 +385,10 @@ def _place(route: Route, space: Space) -> tuple[str, ...]:
     return (space.id, *(deployment.name for deployment in route.deployments))
 
 
-def _is_over(futures: Sequence[asyncio.Future[Answer]], *, whole: bool) -> bool:
-    """Whether all are there, or one has failed; `whole`: for another reason than its text."""
+def _is_over(futures: Sequence[asyncio.Future[Answer]], *, each: bool) -> bool:
+    """Whether all are there, or one has failed; if `each` is wanted, for another reason than its text."""
     errors = [future.exception() for future in futures if future.done()]
-    bearable = (RejectedInput, InvalidRequest) if whole else ()
+    bearable = (RejectedInput, InvalidRequest) if each else ()
     return len(errors) == len(futures) or any(error is not None and not isinstance(error, bearable) for error in errors)
 
 

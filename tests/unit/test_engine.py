@@ -221,13 +221,13 @@ async def test_a_failed_text_is_not_remembered_as_failed() -> None:
 
 
 @pytest.mark.parametrize("cached", [True, False])
-async def test_who_has_a_basket_gets_all_that_can_be_had(cached: bool) -> None:
+async def test_who_wants_each_text_gets_all_that_can_be_had(cached: bool) -> None:
     """One refused text does not stop the others; with the error they are in the basket, and are not bought again."""
     texts = tuple("bad" if number == 7 else f"text {number}" for number in range(40))
     provider = ScriptedProvider(poison=frozenset({"bad"}), refusal=InputRefused("status 400"))
     notebook = Notebook()
     async with engine(provider, ledger=notebook, cache=MemoryCache(1 << 24 if cached else 0)) as rig:
-        request, basket = EmbeddingRequest(ANONYMOUS, MODEL, texts, now() + 60.0), Basket()
+        request, basket = EmbeddingRequest(ANONYMOUS, MODEL, texts, now() + 60.0), Basket(each=True)
         with pytest.raises(RejectedInput) as refused:
             await rig.gateway.embed(request, basket)
         assert (refused.value.position, basket.texts, len(basket.vectors)) == (7, 39, 39)
