@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from app.corpus.rows import DataError, Matrix, Row, Shape
-from app.corpus.stream import Earlier, GaveUp, Manner, Means, Stream
+from app.corpus.stream import Earlier, GaveUp, Manner, Means, Stream, unbroken
 from app.corpus.trail import Checkpoint, Failed, Known, Trail, hash_of
 from app.domain import ANONYMOUS, EmbeddingRequest, Limits, Priority
 from app.errors import InputRefused, Transient
@@ -267,3 +268,23 @@ async def test_a_failure_tells_of_itself(tmp_path: Path) -> None:
     found = msgspec.json.decode((tmp_path / "out.failed.jsonl.partial").read_bytes(), type=Failed)
     assert (found.row, found.id) == (1, "id1")
     assert "100 tokens" in found.reason
+
+
+async def test_who_is_cancelled_goes_once_the_thread_has_ended() -> None:
+    """So nobody closes a file that it still writes."""
+    begun, may_end, ended = threading.Event(), threading.Event(), []
+
+    def write() -> None:
+        begun.set()
+        may_end.wait(10.0)
+        ended.append(True)
+
+    writing = asyncio.create_task(unbroken(write))
+    await asyncio.to_thread(begun.wait, 10.0)
+    writing.cancel()
+    await asyncio.sleep(0)
+    assert not writing.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    assert ended
