@@ -3,12 +3,14 @@
 import re
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
 from app.corpus.rows import DataError
 
 _SCHEMES = ("postgresql:", "postgres:")
+_LANCE = ".lance"
 _URL = re.compile(r"([^:/?#]+)://([^/?#]*)([^?#]*)(?:\?([^#]*))?")
 _HOST = re.compile(r"(\[[^\]]*\]|[^\[\]:]*)(:\d+)?")
 
@@ -50,6 +52,14 @@ def address(out: str) -> Address:
     server = [parts.netloc.rpartition("@")[2], *query.get("host", ()), *query.get("port", ())]
     where = "\0".join([*server, parts.path, *query.get("dbname", ()), fragment])
     return Address(f"{_shown(parts)}#{fragment}", url, schema, table, where)
+
+
+def beside(out: str) -> str:
+    """What the names of files that belong to an output begin with. Raises DataError."""
+    if is_address(out):
+        return address(out).companions
+    path = Path(out)
+    return str(path.with_suffix(_LANCE) if path.suffix.lower() == _LANCE else path)  # as LanceDB spells it
 
 
 def shown(out: str) -> str:

@@ -38,5 +38,7 @@ def _locked(path: Path) -> int:
             os.close(descriptor)
     except BlockingIOError:
         raise DataError(f"{path.with_suffix('')}: another run is writing it; wait until it has ended") from None
+    except FileNotFoundError:
+        raise DataError(f"{path.with_suffix('')}: there is no folder {path.parent}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror}") from error

@@ -69,7 +69,7 @@ class ParquetDraft(_TableDraft):
 
     def table_writer(self, file: pa.OSFile, schema: pa.Schema) -> AbstractContextManager[_TableWriter]:
         """See `_TableDraft`."""
-        options: dict[str, Any] = {"use_dictionary": [*self._names]}  # no two ids or vectors are the same
+        options: dict[str, Any] = {"use_dictionary": schema.names[1:-1]}  # no two ids or vectors are the same
         return pq.ParquetWriter(file, schema, **options)
 
     def group_rows(self, path: Path) -> Sequence[int]:

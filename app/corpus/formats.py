@@ -1,27 +1,25 @@
-"""Hides how a file of each format becomes records, each once and in order, and how what is wrong with it is told."""
+"""Hides how a file of text becomes records, each once and in order, and how what is wrong with it is told."""
 
 import csv
 import gzip
 import io
-import math
+import json
 import zlib
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from hashlib import blake2b
-from itertools import chain, islice, repeat
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, TypeAlias, cast
+from types import MappingProxyType
+from typing import Any, BinaryIO, Final, Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
 from app.corpus.rows import DataError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 Record: TypeAlias = Mapping[str, Any]
 Places: TypeAlias = range | npt.NDArray[np.int64]
@@ -31,11 +29,12 @@ PATH: Final = "path"
 TEXT: Final = "text"
 
 _BOM = b"\xef\xbb\xbf"
-_ARROW = b"ARROW1"
 _GZIP = b"\x1f\x8b"  # no text in UTF-8 begins like this
 _PIECE_BYTES = 2**18
-_PIECE_ROWS = 1000
 _MOST_FIELD_CHARS = 2**25
+_MOST_COLUMNS = 2000
+_SHALLOW = 200  # orjson writes nothing that is nested deeper than 253
+_DIGITS, _LONG = bytes.maketrans(b"123456789", b"0" * 9), b"0" * 19  # the shortest number beyond 64 bits
 
 
 class File:
@@ -53,7 +52,11 @@ class Table(Protocol):
 
     @property
     def columns(self) -> Sequence[str]:
-        """What its records have; JSONL: what the first one has. Binaries and lists of a typed file are left out."""
+        """What its records have; JSONL: those that were read so far, at least one."""
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Columns that have no place in a record, and what they hold."""
 
     def survey(self, column: str | None, most: int | None, digest: blake2b) -> Iterator[Any]:
         """For each of the first `most` records its value in the column, None where no column is named.
@@ -80,6 +83,8 @@ _Lines: TypeAlias = Iterator[bytes]
 class _TextTable:
     """A file of UTF-8 text, gzipped or not; `parse` makes columns and records of its lines."""
 
+    left_out: Mapping[str, str] = MappingProxyType({})
+
     def __init__(self, file: File, *, parse: Callable[[_Lines, str], _Parsed]) -> None:
         self.file = file
         self._parse = parse
@@ -95,8 +100,7 @@ class _TextTable:
         with _reading(self.file, digest) as stream:
             for record in islice(self._parse(_lines(stream), self.file.name)[1], most):
                 yield None if column is None else record.get(column)
-            while stream.read(_PIECE_BYTES):
-                pass
+            _exhaust(stream)
 
     def records(self, places: Places) -> Iterator[Record]:
         """See Table."""
@@ -148,6 +152,17 @@ def _reading(file: File, digest: blake2b | None = None) -> Iterator[BinaryIO]:
         raise DataError(f"{file.name}: {error.strerror or error}") from None
 
 
+def digested(file: File, digest: blake2b) -> None:
+    """All that a file says goes into the digest. Raises DataError."""
+    with _reading(file, digest) as stream:
+        _exhaust(stream)
+
+
+def _exhaust(stream: BinaryIO) -> None:
+    while stream.read(_PIECE_BYTES):
+        pass
+
+
 def _lines(stream: BinaryIO) -> _Lines:
     first = stream.readline().removeprefix(_BOM)
     return chain((first,) if first else (), stream)
@@ -182,26 +197,60 @@ def _fields(lines: _Lines, name: str, delimiter: str) -> Iterator[list[str]]:
     except UnicodeDecodeError:
         raise _no_utf8(name, reader.line_num + 1) from None
     except csv.Error as error:
-        raise DataError(f"{name}, line {line}: {error}") from None
+        lone = "a carriage return that ends no line; convert its line ends, with tr '\\r' '\\n' for example"
+        raise DataError(f"{name}, line {line}: {lone if 'new-line' in str(error) else error}") from None
 
 
-def _objects(lines: _Lines, name: str) -> _Parsed:
-    found = _parsed(lines, name)
-    first = next(found, None)
-    return ((), found) if first is None else (tuple(first), chain((first,), found))
+class _ObjectTable(_TextTable):
+    """A file of JSON objects, which may differ: a column is what any of them has."""
+
+    def __init__(self, file: File) -> None:
+        super().__init__(file, parse=lambda lines, name: ((), self._met(lines, name)))
+        self._names: dict[str, None] = {}
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """See Table."""
+        if not self._names:
+            next(self.records(range(1)), None)
+        return tuple(self._names)
+
+    def _met(self, lines: _Lines, name: str) -> Iterator[Record]:
+        for number, line in enumerate(lines, 1):
+            if line.isspace():
+                continue
+            record = _object(line, f"{name}, line {number}")
+            if not record.keys() <= self._names.keys():
+                self._names.update(dict.fromkeys(record))
+                if len(self._names) > _MOST_COLUMNS:
+                    many = f"more than {_MOST_COLUMNS} columns up to here; put what differs into one object"
+                    raise DataError(f"{name}, line {number}: {many}")
+            yield record
 
 
-def _parsed(lines: _Lines, name: str) -> Iterator[Record]:
-    for number, line in enumerate(lines, 1):
-        if line.isspace():
-            continue
-        try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise DataError(f"{name}, line {number}: no JSON, {error.msg} at character {error.pos + 1}") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{name}, line {number}: no JSON object")
-        yield record
+def _object(line: bytes, where: str) -> Record:
+    """Whole numbers beyond 64 bits are their digits; what is nested too deep to be written again is refused."""
+    try:
+        record = orjson.loads(line)
+        if line.count(b"[") + line.count(b"{") > _SHALLOW:
+            orjson.dumps(record)
+    except orjson.JSONDecodeError as error:
+        if not line.lstrip().startswith(b"["):
+            raise DataError(f"{where}: no JSON, {error.msg} at character {error.pos + 1}") from None
+        record = None
+    except orjson.JSONEncodeError:
+        raise DataError(f"{where}: nested too deep") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: no JSON object; each line has to be one: jq -c '.[]' makes them of an array")
+    if _LONG not in line.translate(_DIGITS):
+        return record
+    exact: Record = json.loads(line, parse_int=_whole)
+    return exact
+
+
+def _whole(digits: str) -> int | str:
+    fits = len(digits) <= len(str(-(2**64))) and -(2**63) <= int(digits) < 2**64
+    return int(digits) if fits else digits
 
 
 def _texts(lines: _Lines, name: str) -> _Parsed:
@@ -241,149 +290,10 @@ def _no_utf8(name: str, line: int) -> DataError:
     return DataError(f"{name}, line {line}: no UTF-8; convert the file first, with iconv for example")
 
 
-# ── typed columns ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-_Batches: TypeAlias = "Iterable[pa.RecordBatch]"
-_Groups: TypeAlias = Callable[[Sequence[str]], Iterator[tuple[int, _Batches]]]
-"""Of some columns what is stored together: each group with its number of rows, and them in small pieces."""
-_Opened: TypeAlias = "Iterator[tuple[pa.Schema, _Groups]]"
-
-
-class _TypedTable:
-    """A file that pyarrow opens; a piece of it is in memory at a time."""
-
-    def __init__(
-        self, file: File, *, opened: "Callable[[Path], AbstractContextManager[tuple[pa.Schema, _Groups]]]"
-    ) -> None:
-        self.file = file
-        self._opened = opened
-
-    @cached_property
-    def columns(self) -> Sequence[str]:
-        """See Table."""
-        with _arrow_errors(self.file), self._opened(self.file.path) as (schema, _):
-            return [field.name for field in schema if _is_scalar(field.type)]
-
-    def survey(self, column: str | None, most: int | None, digest: blake2b) -> Iterator[Any]:
-        """See Table."""
-        yield from islice(self._values(column), most)
-        with _reading(self.file, digest) as stream:
-            while stream.read(_PIECE_BYTES):
-                pass
-
-    def records(self, places: Places) -> Iterator[Record]:
-        """See Table."""
-        first = 0
-        with _arrow_errors(self.file), self._opened(self.file.path) as (_, groups):
-            for count, batches in groups(self.columns):
-                yield from _chosen(batches, within(places, first, first + count), self.columns)
-                first += count
-
-    def _values(self, column: str | None) -> Iterator[Any]:
-        with _arrow_errors(self.file), self._opened(self.file.path) as (_, groups):
-            for count, batches in groups([column or self.columns[0]]):
-                if column is None:
-                    yield from repeat(None, count)
-                else:
-                    yield from chain.from_iterable(_json_values(batch.column(column)) for batch in batches)
-
-
-@contextmanager
-def _parquet(path: Path) -> _Opened:
-    """A row group may be large: it is read through a small buffer."""
-    from pyarrow import parquet as pq
-
-    with pq.ParquetFile(path, buffer_size=_PIECE_BYTES, pre_buffer=False) as file:
-
-        def groups(columns: Sequence[str]) -> Iterator[tuple[int, _Batches]]:
-            for number in range(file.num_row_groups):
-                batches = file.iter_batches(_PIECE_ROWS, row_groups=[number], columns=list(columns))
-                yield file.metadata.row_group(number).num_rows, batches
-
-        yield file.schema_arrow, groups
-
-
-@contextmanager
-def _arrow(path: Path) -> _Opened:
-    """A file or a stream; a record batch may be all there is: so it is mapped into memory."""
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as source:
-        is_file = source.read(len(_ARROW)) == _ARROW
-        source.seek(0)
-        reader: Any = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-        whole = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-
-        def groups(columns: Sequence[str]) -> Iterator[tuple[int, _Batches]]:
-            for batch in whole:
-                chosen = batch.select(list(columns))
-                yield batch.num_rows, (chosen.slice(at, _PIECE_ROWS) for at in range(0, batch.num_rows, _PIECE_ROWS))
-
-        yield reader.schema, groups
-
-
-@contextmanager
-def _arrow_errors(file: File) -> Iterator[None]:
-    try:
-        import pyarrow as pa
-    except ImportError:
-        raise DataError(f"{file.name} needs the package pyarrow (embedgate[data])") from None
-    try:
-        yield
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        what = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise DataError(f"{file.name}: {what}") from None
-
-
-def _chosen(batches: "Iterable[pa.RecordBatch]", places: Places, columns: Sequence[str]) -> Iterator[Record]:
-    first = 0
-    for batch in batches if len(places) else ():
-        here = within(places, first, first + batch.num_rows)
-        if len(here):
-            rows = list(zip(*(_json_values(batch.column(name)) for name in columns), strict=True))
-            for place in here:
-                yield dict(zip(columns, rows[place], strict=True))
-        first += batch.num_rows
-        if first > places[-1]:
-            return
-
-
-def _is_scalar(kind: "pa.DataType") -> bool:
-    """Whether its values can be JSON's, or be written as one of its strings."""
-    from pyarrow import types
-
-    if types.is_dictionary(kind):
-        return _is_scalar(kind.value_type)
-    texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    numbers = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind) or types.is_boolean(kind)
-    return texts or numbers or types.is_null(kind) or (types.is_temporal(kind) and not types.is_interval(kind))
-
-
-def _json_values(column: "pa.Array[Any]") -> list[Any]:
-    """Dates and times in ISO 8601, spans in seconds, decimals as strings, None for what is no number."""
-    import pyarrow as pa
-    from pyarrow import types
-
-    if types.is_dictionary(column.type):
-        return _json_values(column.cast(column.type.value_type))
-    if types.is_duration(column.type):
-        spans = column.cast(pa.duration("us"), safe=False).to_pylist()
-        return [None if span is None else span.total_seconds() for span in spans]
-    if types.is_temporal(column.type) or types.is_decimal(column.type):
-        texts = column.cast(pa.string()).to_pylist()  # as Python's own values they may be too exact, or too far away
-        return [text and text.replace(" ", "T") for text in texts]
-    values = column.to_pylist()
-    if types.is_floating(column.type):
-        return [value if value is not None and math.isfinite(value) else None for value in values]
-    return values
-
-
-FORMS: Final[Mapping[str, Callable[[File], Table]]] = {
+TEXT_FORMS: Final[Mapping[str, Callable[[File], Table]]] = {
     "csv": partial(_TextTable, parse=partial(_separated, delimiter=",")),
     "tsv": partial(_TextTable, parse=partial(_separated, delimiter="\t")),
-    "jsonl": partial(_TextTable, parse=_objects),
-    "parquet": partial(_TypedTable, opened=_parquet),
-    "arrow": partial(_TypedTable, opened=_arrow),
+    "jsonl": _ObjectTable,
     "lines": partial(_TextTable, parse=_texts),
     "files": _WholeTable,
 }

@@ -8,31 +8,42 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import orjson
 
-from app.corpus.rows import Matrix, Row, Shape
+from app.corpus.rows import Count, Matrix, Row, Shape
+
+_OWN = ("id", "embedding")
+
+
+class _State(msgspec.Struct):
+    rows: Count
+    bytes: Count
 
 
 class JsonlDraft:
     """See `Draft`: one object a line: `id`, the row's columns, `embedding`: numbers, or null for a row of NaN.
 
-    Where a column has one of these two names, the output's own word stands in its place.
+    A column that has one of these two names has another one here, see `Shape`.
     """
 
     def __init__(self, partial: Path) -> None:
         self._partial = partial
         self._file: FileIO | None = None
         self._rows = self._bytes = 0
+        self._names: Mapping[str, str] = {}
         self._lines: array[int] | None = None  # where each of the finished file begins
 
     def begin(self, shape: Shape) -> None:
         """See `Draft`."""
+        self._names = shape.names_beside(*_OWN)
         self._file, self._rows, self._bytes = FileIO(self._partial, "w"), 0, 0
 
     def go_on(self, shape: Shape, state: Mapping[str, Any]) -> bool:
         """See `Draft`."""
-        self._rows, self._bytes = state["rows"], state["bytes"]
+        known = msgspec.convert(state, _State)
+        self._names, self._rows, self._bytes = shape.names_beside(*_OWN), known.rows, known.bytes
         try:
             self._file = FileIO(self._partial, "r+")
         except FileNotFoundError:
@@ -46,7 +57,7 @@ class JsonlDraft:
     def write(self, rows: Sequence[Row], vectors: Matrix) -> None:
         """See `Draft`."""
         assert self._file is not None  # noqa: S101
-        left = memoryview(b"".join(_line(row, vector) for row, vector in zip(rows, vectors, strict=True)))
+        left = memoryview(b"".join(map(self._line, rows, vectors)))
         self._rows, self._bytes = self._rows + len(rows), self._bytes + len(left)
         while left:
             left = left[self._file.write(left) :]
@@ -81,8 +92,7 @@ class JsonlDraft:
         none = [float("nan")] * width
         return np.array([none if vector is None else vector for vector in found], np.float32).reshape(-1, width)
 
-
-def _line(row: Row, vector: Matrix) -> bytes:
-    embedding = None if np.isnan(vector).any() else vector
-    line = {"id": row.id, **row.columns} | {"id": row.id, "embedding": embedding}
-    return orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+    def _line(self, row: Row, vector: Matrix) -> bytes:
+        columns = {self._names[name]: value for name, value in row.columns.items()}
+        line = {"id": row.id, **columns, "embedding": None if np.isnan(vector).any() else vector}
+        return orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)

@@ -7,9 +7,14 @@ from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from app.corpus.rows import DataError, Matrix, Row, Shape
+from app.corpus.rows import Count, DataError, Matrix, Row, Shape
+
+
+class _State(msgspec.Struct):
+    rows: Count
 
 
 class NpyDraft:
@@ -33,7 +38,7 @@ class NpyDraft:
 
     def go_on(self, shape: Shape, state: Mapping[str, Any]) -> bool:
         """See `Draft`. Rows behind the state stay until they are written again."""
-        self._shape, self._rows = shape, state["rows"]
+        self._shape, self._rows = shape, msgspec.convert(state, _State).rows
         try:
             self._file = FileIO(self._partial, "r+")
         except FileNotFoundError:
@@ -75,7 +80,10 @@ class NpyDraft:
 
     def read(self, path: Path, start: int, count: int) -> Matrix:
         """See `Draft`."""
-        return np.array(np.lib.format.open_memmap(path, mode="r")[start : start + count], np.float32)
+        found = np.lib.format.open_memmap(path, mode="r")
+        if found.ndim != 2 or found.dtype != np.float32:
+            raise ValueError("no vectors of float32")
+        return np.array(found[start : start + count])
 
     def _offset(self, row: int) -> int:
         """Where the row begins, in bytes."""

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from decimal import Decimal
 from hashlib import blake2b
@@ -76,6 +77,7 @@ class _Slice:
         self.fingerprint = blake2b(
             orjson.dumps([source.fingerprint, part.number, part.count]), digest_size=16
         ).hexdigest()
+        self.reading = source.reading
         self.columns: Sequence[str] = source.columns
 
     def read(self, start: int = 0) -> Iterator[Row]:
@@ -149,7 +151,7 @@ def _pieces(joint: Joint) -> list[_Piece]:
     first = next((meta for meta in metas if meta), {})
     model, dimensions = joint.model or first.get("model", ""), joint.dimensions or first.get("dimensions", 0)
     failed, space = "omit" if joint.omits else "nan", first.get("space", "")
-    subjects = [Subject(each.fingerprint, each.rows, model, space, dimensions, failed) for each in slices]
+    subjects = [Subject(each.fingerprint, each.reading, each.rows, model, space, dimensions, failed) for each in slices]
     pieces = [_Piece(*each, Trail(each[1])) for each in zip(slices, outs, subjects, metas, strict=True)]
     wrong = [said for piece in pieces if (said := _wrong(piece))]
     if wrong:
@@ -163,8 +165,11 @@ def _wrong(piece: _Piece) -> str:
         return f"{piece.out} is not {'finished' if piece.trail.progress_file.exists() else 'there'}"
     if not piece.meta:
         return f"{piece.out} is there, and {piece.trail.meta_file} does not say of what"
-    differs = piece.subject.differs(piece.meta.get("subject", {}))
-    return f"{piece.out} is of something else: {differs}" if differs else ""
+    if differs := piece.subject.differs(piece.meta.get("subject", {})):
+        return f"{piece.out} is of something else: {differs}"
+    with closing(open_sink(piece.out)) as output:
+        whole = output.kept(piece.meta["sink"], piece.subject.dimensions) == piece.meta["rows"]
+    return "" if whole else f"{piece.out} does not hold the rows that {piece.trail.meta_file} tells of"
 
 
 def _copied(piece: _Piece, sink: Sink, trail: Trail, checkpoint: Checkpoint) -> Checkpoint:
@@ -200,7 +205,7 @@ def _rows_of(piece: _Piece, without: set[int]) -> Iterator[tuple[Sequence[Row], 
         else:
             vectors = output.vectors(place, len(rows))
         if vectors is None:
-            raise DataError(f"{piece.out} does not hold the rows that {piece.trail.meta_file} tells of")
+            raise DataError(f"{piece.out} has changed meanwhile")
         if rows:
             yield rows, vectors
         place += len(rows)

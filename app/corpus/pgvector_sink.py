@@ -24,9 +24,38 @@ _LOCK_S = 30
 _MADE_BY: Final = "Made by embedgate, which may replace it; run "
 _TYPES: Final = {pa.bool_(): "boolean", pa.int64(): "bigint", pa.float64(): "double precision", pa.string(): "text"}
 _FIND: Final = """
-SELECT obj_description(c.oid, 'pg_class') AS comment, atttypmod AS width
+SELECT obj_description(c.oid, 'pg_class') AS comment, atttypmod AS width, relrowsecurity AS guarded
 FROM pg_class c LEFT JOIN pg_attribute ON attrelid = c.oid AND attname = 'embedding' WHERE c.oid = to_regclass($1)
 """
+_LEGACY: Final = """
+WITH old AS (SELECT * FROM pg_class WHERE oid = to_regclass($1)),
+     new AS (SELECT * FROM pg_class WHERE oid = to_regclass($2)),
+     kept AS (
+         SELECT attribute.* FROM pg_attribute attribute JOIN old ON attrelid = old.oid AND attnum > 0
+         WHERE attname IN (SELECT attname FROM pg_attribute JOIN new ON attrelid = new.oid)
+     ),
+     rights (step, act, whom, role, granting) AS (
+         SELECT 2, 'REVOKE ALL', 'FROM', grantee, FALSE
+         FROM old, new, aclexplode(new.relacl || acldefault('r', old.relowner))
+         WHERE old.relacl IS DISTINCT FROM new.relacl
+         UNION SELECT 3, 'GRANT ' || privilege_type, 'TO', grantee, is_grantable
+         FROM old, new, aclexplode(coalesce(old.relacl, acldefault('r', old.relowner)))
+         WHERE old.relacl IS DISTINCT FROM new.relacl
+         UNION SELECT 3, format('GRANT %s (%I)', privilege_type, attname), 'TO', grantee, is_grantable
+         FROM kept, aclexplode(attacl)
+     )
+SELECT statement FROM (
+    SELECT 1, format('ALTER TABLE %s OWNER TO %s', $1::text, old.relowner::regrole)
+    FROM old, new WHERE old.relowner <> new.relowner
+    UNION SELECT step, format(
+        '%s ON %s %s %s%s', act, $1::text, whom, CASE role WHEN 0 THEN 'PUBLIC' ELSE role::regrole::text END,
+        CASE WHEN granting THEN ' WITH GRANT OPTION' ELSE '' END
+    ) FROM rights
+    UNION SELECT 4, format('COMMENT ON COLUMN %s.%I IS %L', $1::text, attname, col_description(attrelid, attnum))
+    FROM kept WHERE col_description(attrelid, attnum) IS NOT NULL
+) AS told (step, statement) ORDER BY step
+"""
+"""What gives the table of the name $2, once it is called $1, the owner, rights and comments of the one before."""
 _EXTENSION: Final = (
     "SELECT nspname FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace WHERE extname = 'vector'"
 )
@@ -128,6 +157,10 @@ class PgvectorStore:
 
     async def _replace(self, connection: _Connection, schema: pa.Schema, tables: Iterator[pa.Table], mark: str) -> None:
         home, table = await self._schema(connection), await self._table(connection)
+        found = await self._find(connection)
+        if found is not None and found["guarded"]:
+            text = "has row security, which a table in its place would lack: disable it, or name another"
+            raise DataError(f"{self.name} {text}")
         name = f"embedgate_{mark}"
         successor = f"{_quoted(home)}.{_quoted(name)}"
         vectors = f"{_quoted(await connection.fetchval(_EXTENSION) or 'public')}.vector"
@@ -137,8 +170,8 @@ class PgvectorStore:
         await connection.copy_records_to_table(
             name, schema_name=home, columns=schema.names, records=(row for each in tables for row in _records(each))
         )
+        await self._take_place(connection, successor)
         await connection.execute(
-            f"DROP TABLE IF EXISTS {table}; ALTER TABLE {successor} RENAME TO {_quoted(self._address.table)};"
             f"ALTER TABLE {table} ADD UNIQUE ({NUMBER}); COMMENT ON TABLE {table} IS '{_MADE_BY}{mark}'"
         )
         try:
@@ -146,6 +179,20 @@ class PgvectorStore:
                 await connection.execute(f"ALTER TABLE {table} ADD PRIMARY KEY ({ID})")
         except (asyncpg.UniqueViolationError, asyncpg.ProgramLimitExceededError):
             pass  # rows are not left out because of their names
+
+    async def _take_place(self, connection: _Connection, successor: str) -> None:
+        """Whose the table was, his is the new one, and who might read it may do so."""
+        table = await self._table(connection)
+        legacy = await connection.fetch(_LEGACY, table, successor)
+        try:
+            await connection.execute(f"DROP TABLE IF EXISTS {table}")
+        except asyncpg.DependentObjectsStillExistError as error:
+            others = "; ".join(str(error.detail).splitlines())
+            what_to_do = "drop that first, and make it again once the table is there"
+            raise DataError(f"{self.name}: {_line(error)}: {others}; {what_to_do}") from error
+        await connection.execute(f"ALTER TABLE {successor} RENAME TO {_quoted(self._address.table)}")
+        for each in legacy:
+            await connection.execute(each["statement"])
 
 
 class _Session:

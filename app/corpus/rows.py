@@ -1,12 +1,15 @@
 """The nouns of datasets: rows with their texts, where they come from and where their vectors go; no I/O."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 Matrix = npt.NDArray[np.float32]
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+"""What of a number is checked when it is read again."""
 
 
 class DataError(Exception):
@@ -37,6 +40,8 @@ class Source(Protocol):
     """For people: the file's name, or how many files."""
     rows: int
     fingerprint: str
+    reading: Mapping[str, str | int | None]
+    """How it was asked to be read, by what people call that: a part of what decides."""
     columns: Sequence[str]
     """The names of what a row may carry."""
 
@@ -50,6 +55,16 @@ class Shape(NamedTuple):
     rows: int
     dimensions: int
     columns: Sequence[str]
+
+    def names_beside(self, *own: str) -> Mapping[str, str]:
+        """What each column is called in an output that has these names of its own: with as many `_` as make it free."""
+        taken, names = {*own, *self.columns}, {name: name for name in self.columns}
+        for name in own:
+            if name in names:
+                while names[name] in taken:
+                    names[name] += "_"
+                taken.add(names[name])
+        return names
 
 
 class Sink(Protocol):

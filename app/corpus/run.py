@@ -26,9 +26,13 @@ from app.jobs.patience import Engine
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """What decides what an output holds; `failed` is what becomes of rows without a vector: `nan` or `omit`."""
+    """What decides what an output holds: the fingerprint of its `source`, and how that was read; and so on.
+
+    `failed` is what becomes of rows without a vector: `nan` or `omit`.
+    """
 
     source: str
+    reading: Mapping[str, str | int | None]
     rows: int
     model: str
     space: str
@@ -37,12 +41,11 @@ class Subject(msgspec.Struct, frozen=True):
 
     def differs(self, other: Mapping[str, Any]) -> str:
         """What is not the same in `other`, for people; "" where all is."""
-        told = [
-            f"{name} was {before}, now it is {now}" if name != "source" else "the input has changed"
-            for name, now in msgspec.structs.asdict(self).items()
-            if (before := other.get(name)) != now
-        ]
-        return "; ".join(told)
+        facts, reading = msgspec.structs.asdict(self), other.get("reading")
+        told = _differences(facts.pop("reading"), reading if isinstance(reading, Mapping) else {})
+        if facts.pop("source") != other.get("source") and not told:
+            told = ["the input has changed"]
+        return "; ".join(told + _differences(facts, other))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ class Wish:
     def subject(self) -> Subject:
         """What its output is recognised by."""
         failed = "omit" if self.manner.omits else "nan"
-        return Subject(self.source.fingerprint, self.source.rows, self.model, self.space, self.dimensions, failed)
+        source = self.source
+        return Subject(source.fingerprint, source.reading, source.rows, self.model, self.space, self.dimensions, failed)
 
 
 class Outcome(NamedTuple):
@@ -179,7 +183,7 @@ def _found(wish: Wish, output: Output, trail: Trail) -> Outcome | tuple[Checkpoi
     subject, is_there = wish.subject, output.there()
     checkpoint = _begun(wish, trail, subject)
     meta = trail.meta() if is_there else None
-    kept = output.kept(meta.get("sink") or {"rows": meta.get("rows", 0)}) if meta is not None else None
+    kept = output.kept(meta["sink"], meta["dimensions"]) if meta is not None else None
     if checkpoint is None and is_there:
         differs = _differs(trail, subject, meta, kept)
         if meta is not None and not differs and not (wish.failed_only and meta.get("failed")):
@@ -212,6 +216,13 @@ def _differs(trail: Trail, subject: Subject, meta: Mapping[str, Any] | None, kep
         return differs
     rows = meta.get("rows", 0)
     return "" if kept == rows else f"it does not hold the {rows} rows that {trail.meta_file} tells of"
+
+
+def _differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Of these facts, for people; None is not given."""
+    told = [(name, before.get(name), value) for name, value in now.items() if before.get(name) != value]
+    return [f"{name} was {'not given' if was is None else was}, now it is {'not given' if it is None else it}"
+            for name, was, it in told]  # fmt: skip
 
 
 def _beginning(subject: Subject) -> Checkpoint:

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
-from app.corpus.address import address, is_address
+from app.corpus.address import address, beside, is_address
 from app.corpus.jsonl_sink import JsonlDraft
 from app.corpus.npy_sink import NpyDraft
 from app.corpus.rows import DataError, Lost, Matrix, Row, Shape, Sink
@@ -27,10 +28,13 @@ class Output(Sink, Protocol):
     """What the names of files that belong to it begin with."""
 
     def there(self) -> bool:
-        """Whether anything lies at its place."""
+        """Whether anything lies at its place. Raises DataError where that is to be left alone."""
 
-    def kept(self, state: Mapping[str, Any]) -> int | None:
-        """Of the output that was finished at this state of `sync`, how many rows are there; None: it is another one."""
+    def kept(self, state: Mapping[str, Any], dimensions: int) -> int | None:
+        """Of the output that was finished at this state of `sync`, how many rows are there, with vectors so wide.
+
+        None: it is another one.
+        """
 
 
 class Draft(Protocol):
@@ -40,7 +44,10 @@ class Draft(Protocol):
         """Empty, whatever lay there. Raises DataError where there is no room for it."""
 
     def go_on(self, shape: Shape, state: Mapping[str, Any]) -> bool:
-        """As it was at that `state`, without what lies behind; False: what the state tells of is not there."""
+        """As it was at that `state`, without what lies behind; False: what the state tells of is not there.
+
+        Raises msgspec.ValidationError where it is no state.
+        """
 
     def write(self, rows: Sequence[Row], vectors: Matrix) -> None:
         """The next rows; `vectors` are C-contiguous, little-endian."""
@@ -63,7 +70,7 @@ def open_sink(out: str) -> Output:
     if is_address(out):
         return _postgres(out)
     path = Path(out)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = Path(f"{path}.partial")
     match path.suffix.lower():
         case ".npy":
             return _FileSink(path, partial, NpyDraft(partial))
@@ -75,7 +82,7 @@ def open_sink(out: str) -> Output:
 
             return _FileSink(path, partial, (ParquetDraft if suffix == ".parquet" else ArrowDraft)(partial))
         case ".lance":
-            return _lance(path)
+            return _lance(Path(beside(out)))
     forms = ".npy, .parquet, .arrow or .jsonl, or for a table .lance or postgresql://…#table"
     raise DataError(f"{out}: is of no form that can be written: use {forms}")
 
@@ -127,7 +134,7 @@ class _FileSink:
                 self._draft.begin(shape)
                 fsync(self._partial.parent)
             elif not self._draft.go_on(shape, state):
-                if not self._has(state["rows"]):
+                if not self._has(state["rows"], shape.dimensions):
                     raise self._lost()
                 self._draft.close()
                 self._finished_at = state
@@ -182,15 +189,17 @@ class _FileSink:
         """See `Output`."""
         return self._path.exists()
 
-    def kept(self, state: Mapping[str, Any]) -> int | None:
-        """See `Output`. Of a file that ends before, none."""
+    def kept(self, state: Mapping[str, Any], dimensions: int) -> int | None:
+        """See `Output`. Of a file of more or fewer rows, none."""
         rows: int = state["rows"]
-        return rows if self.vectors(max(0, rows - 1), min(1, rows)) is not None else 0
+        return rows if self._has(rows, dimensions) else 0
 
-    def _has(self, rows: int) -> bool:
-        """Whether there is a finished output of just so many rows."""
-        last = min(rows, 1)
-        return self.vectors(rows - last, last) is not None and self.vectors(rows, 1) is None
+    def _has(self, rows: int, dimensions: int) -> bool:
+        """Whether there is a finished output of just so many rows, so wide; lines without any vector tell no width."""
+        last = self.vectors(max(rows - 1, 0), min(rows, 1))
+        if last is None or self.vectors(rows, 1) is not None:
+            return False
+        return not rows or last.shape[1] == dimensions or (last.shape[1] == 1 and bool(np.isnan(last).all()))
 
     def _lost(self) -> Lost:
         return Lost(f"{self._partial}: does not hold what an earlier run has written; begin anew with --force")
@@ -203,6 +212,9 @@ class _FileSink:
         except DataError:
             self.close()
             raise
+        except msgspec.ValidationError:
+            self.close()
+            raise self._lost() from None
         except OSError as error:
             self.close()
             raise DataError(f"{self._path}: cannot be written: {reason(error)}") from error

@@ -1,14 +1,17 @@
 """Hides how files, globs and stdin become one sequence of rows: which of them, in what order, under what names."""
 
 import glob
+import os
+import re
 import shutil
 import sys
 import tempfile
 import weakref
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -16,9 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from app.corpus.address import beside
 from app.corpus.expression import Template, said
-from app.corpus.formats import FORMS, PATH, File, Places, Record, Table, within
+from app.corpus.formats import PATH, TEXT_FORMS, File, Places, Record, Table, within
 from app.corpus.rows import DataError, Row, Source
+from app.corpus.typed_formats import TYPED_FORMS
+
+FORMS: Final[Mapping[str, Callable[[File], Table]]] = {**TEXT_FORMS, **TYPED_FORMS}
 
 _STDIN = "-"
 _ZIPPED = ".gz"
@@ -33,20 +40,20 @@ _SUFFIXES: Final = {
     ".ipc": "arrow",
     ".txt": "lines",
 }
-_TYPED = {"parquet", "arrow"}
+_LOOSE = "jsonl"  # of which no record says what columns others have
 _ID = "id"
 
 
 def open_source(
     inputs: Sequence[str], *, text: str, id: str | None, form: str | None = None,  # noqa: A002 — as people name it
-    limit: int | None = None, seed: int | None = None,
+    limit: int | None = None, seed: int | None = None, out: str = "",
 ) -> Source:  # fmt: skip
     """The rows of paths, globs and `-`, stdin, one after another; they have to be of one format. Blocks.
 
     `text` is a column's name or a Template. `id` is the column whose values name rows, each once; by default one that
     is called `id`, a file's path for the form `files`, else a row's number in the inputs. `form` is a key of `FORMS`,
     by default as the names' suffixes say. `limit` keeps so many rows, the first ones, or, with a `seed`, random ones in
-    their order.
+    their order. A file that is named twice is read once; what belongs to the output `out` is no input.
 
     Raises DataError.
     """
@@ -57,12 +64,12 @@ def open_source(
         raise DataError("a seed chooses which rows a limit keeps: give a limit, too")
     if form is not None and form not in FORMS:
         raise DataError(f"there is no form {form!r}: name one of {', '.join(FORMS)}")
-    names = _names(inputs)
+    names = _names(inputs, out)
     form = form or _common_form(names)
     tables = [FORMS[form](_stdin() if name == _STDIN else File(name, Path(name))) for name in names]
     usual = PATH if form == "files" else _ID if _ID in tables[0].columns else None
-    digest = blake2b(orjson.dumps([form, text, id or usual, limit, seed]), digest_size=16)
-    return _Files(tables, _Wish(form, template, id or usual, limit, seed), digest)
+    reading = {"format": form, "text": text, "id": id or usual, "limit": limit, "seed": seed}
+    return _Files(tables, _Wish(form, template, id or usual, limit, seed), reading)
 
 
 class _Wish(NamedTuple):
@@ -78,14 +85,20 @@ class _Wish(NamedTuple):
 class _Files:
     """Tables that follow one another, as a Source."""
 
-    def __init__(self, tables: Sequence[Table], wish: _Wish, digest: blake2b) -> None:
+    def __init__(self, tables: Sequence[Table], wish: _Wish, reading: Mapping[str, str | int | None]) -> None:
+        self.reading = reading
         self.name = tables[0].file.name if len(tables) == 1 else f"{len(tables)} files"
         self._tables = tables
         self._wish = wish
         self._ends: list[int] = []
         """How many records there are up to the end of each table."""
-        self.columns: Sequence[str] = [name for name in self._common_columns() if name != wish.id]
+        if wish.form != _LOOSE:
+            self._refuse_columns()
+        digest = blake2b(orjson.dumps(list(reading.values())), digest_size=16)
         hashes = self._survey(digest)
+        if wish.form == _LOOSE:
+            self._refuse_columns()
+        self.columns: Sequence[str] = [name for name in self._all_columns() if name != wish.id]
         self.fingerprint = digest.hexdigest()
         self._places = self._chosen()
         self.rows = len(self._places)
@@ -116,19 +129,26 @@ class _Files:
 
     # ── opening ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _common_columns(self) -> Sequence[str]:
-        """The first table's; others have to have the same, but for those of JSONL."""
+    def _all_columns(self) -> Sequence[str]:
+        """In the order in which they come; each once."""
+        return [*dict.fromkeys(chain.from_iterable(table.columns for table in self._tables))]
+
+    def _refuse_columns(self) -> None:
+        """Those that are asked for have to be there; all tables have the same, but for those of JSONL."""
         first = next((table for table in self._tables if table.columns), None)
         if first is None:
             raise DataError(f"{self.name} has no rows, or no columns that can be used")
+        columns = self._all_columns() if self._wish.form == _LOOSE else first.columns
         for name in filter(None, (*self._wish.template.columns, self._wish.id)):
-            if name not in first.columns:
-                raise DataError(f"no column {name!r} in {first.file.name}: it has {', '.join(first.columns)}")
-        for table in self._tables if self._wish.form != "jsonl" else ():
+            if held := first.left_out.get(name):
+                raise DataError(f"the column {name!r} in {first.file.name} holds {held}, no texts or numbers")
+            if name not in columns:
+                where = self.name if self._wish.form == _LOOSE else first.file.name
+                raise DataError(f"no column {name!r} in {where}: it has {', '.join(columns)}")
+        for table in self._tables if self._wish.form != _LOOSE else ():
             if set(table.columns) != set(first.columns):
                 has, instead = ", ".join(table.columns), ", ".join(first.columns)
                 raise DataError(f"{table.file.name} has the columns {has}, and {first.file.name} has {instead}")
-        return first.columns
 
     def _survey(self, digest: blake2b) -> npt.NDArray[np.int64]:
         """Counts, digests, and tells a hash of each row's id: they are as good as ids, and take 8 bytes."""
@@ -180,25 +200,32 @@ class _Files:
 # ── which files ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _names(inputs: Sequence[str]) -> list[str]:
+def _names(inputs: Sequence[str], out: str) -> list[str]:
+    """Each file once."""
     if inputs.count(_STDIN) > 1:
         raise DataError("- is given twice: stdin can be read once")
+    found: dict[str, str] = {}
     try:
-        names = [name for given in inputs for name in _matching(given)]
+        for name in chain.from_iterable(_matching(given, out) for given in inputs):
+            found.setdefault(os.path.realpath(name) if name != _STDIN else name, name)
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from None
-    if not names:
+    if not found:
         raise DataError("no input: name files, or - for stdin")
-    for name in names:
+    for name in found.values():
         if not name.isascii() and name.encode(errors="ignore").decode() != name:
             raise DataError(f"{name!r}: a name that is no UTF-8; rename the file")
-    return names
+    return [*found.values()]
 
 
-def _matching(given: str) -> list[str]:
-    """The file of this name, or those that match it."""
+def _matching(given: str, out: str) -> list[str]:
+    """The file of this name, or those that match it, but for what belongs to the output."""
     path = Path(given)
-    if given == _STDIN or path.is_file():
+    if given == _STDIN:
+        return [given]
+    if path.is_file():
+        if out and Path(out).exists() and path.samefile(out):
+            raise DataError(f"{given} is the output: name another with --out")
         return [given]
     if path.is_dir():
         raise DataError(f"{given} is a folder: name its files, as in '{path / '**' / '*.csv'}'")
@@ -207,9 +234,24 @@ def _matching(given: str) -> list[str]:
     if not glob.has_magic(given):
         raise DataError(f"there is no file {given}")
     found = sorted(name for name in glob.glob(given, recursive=True) if Path(name).is_file())  # noqa: PTH207 — as given
-    if not found:
-        raise DataError(f"no file matches {given!r}")
-    return found
+    own = _beside(out) if out else None
+    names = [name for name in found if not (own and own.fullmatch(str(_placed(name))))]
+    if not names:
+        raise DataError(f"no file matches {given!r}" + (", but what belongs to the output" if found else ""))
+    return names
+
+
+def _beside(out: str) -> re.Pattern[str]:
+    """The path of the output, of a part of it, or of what lies beside one of these."""
+    own = _placed(beside(out))
+    stem, suffix = re.escape(str(own.parent / own.stem)), re.escape(own.suffix)
+    return re.compile(rf"{stem}(\.part-\d+-of-\d+)?{suffix}([./].*)?", re.DOTALL)
+
+
+def _placed(name: str) -> Path:
+    """Its path, the same by whatever way its folder is reached."""
+    path = Path(name)
+    return path.parent.resolve() / path.name
 
 
 def _common_form(names: Sequence[str]) -> str:
@@ -227,7 +269,7 @@ def _form(name: str) -> str:
     path = Path(name.lower())
     zipped = path.suffix == _ZIPPED
     form = _SUFFIXES.get((path.with_suffix("") if zipped else path).suffix)
-    if form is None or (zipped and form in _TYPED):
+    if form is None or (zipped and form in TYPED_FORMS):
         what = "stdin has no name" if name == _STDIN else f"the name {name} does not say its format"
         suffixes = " ".join(_SUFFIXES)
         raise DataError(f"{what}: give the form, one of {', '.join(FORMS)}, or a name that ends in one of {suffixes}")
@@ -236,6 +278,8 @@ def _form(name: str) -> str:
 
 def _stdin() -> File:
     """Kept on disk as long as the file is in use: it is read twice."""
+    if sys.stdin is None:
+        raise DataError("there is no standard input")
     try:
         with tempfile.NamedTemporaryFile(prefix="embedgate-", delete=False) as spool:
             file = File("stdin", Path(spool.name))

@@ -201,7 +201,7 @@ class Stream:
         """What the earlier output has of them."""
         if self._earlier is None or not rows:
             return {}
-        return await asyncio.to_thread(_reused, self._earlier, rows)
+        return await asyncio.to_thread(_reused, self._earlier, rows, self._dimensions)
 
     # ── what is done ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -276,8 +276,8 @@ def _chunks(rows: Iterator[Row], size: int) -> list[Sequence[Row]]:
     return [read[at : at + size] for at in range(0, len(read), size)]
 
 
-def _reused(earlier: Earlier, rows: Sequence[Row]) -> dict[int, bytes | Failed]:
-    """Vectors of texts that an earlier output has; neighbours are read together."""
+def _reused(earlier: Earlier, rows: Sequence[Row], dimensions: int) -> dict[int, bytes | Failed]:
+    """Vectors of texts that an earlier output has, if they are so wide; neighbours are read together."""
     places = [(row.number, place) for row in rows if (place := earlier.known.row(hash_of(row))) is not None]
     found: dict[int, bytes | Failed] = {}
     at = 0
@@ -287,7 +287,7 @@ def _reused(earlier: Earlier, rows: Sequence[Row]) -> dict[int, bytes | Failed]:
             end += 1
         vectors = earlier.sink.vectors(places[at][1], end - at)
         for (number, _), vector in zip(places[at:end], () if vectors is None else vectors, strict=False):
-            if np.isfinite(vector).all():
+            if len(vector) == dimensions and np.isfinite(vector).all():
                 found[number] = vector.astype("<f4").tobytes()
         at = end
     return found

@@ -5,14 +5,15 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Annotated, Any, Final, Protocol
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 
 from app.corpus.rows import DataError, Lost, Matrix, Row, Shape
 from app.corpus.sinks import fsync, reason
-from app.corpus.typed_rows import ID, TypedRows
+from app.corpus.typed_rows import TypedRows
 
 NUMBER: Final = "embedgate_row"
 """The column with a row's place in the output, from 0: databases keep no order."""
@@ -48,6 +49,10 @@ class Store(Protocol):
         """Lets go of connections until something is asked again."""
 
 
+class _State(msgspec.Struct):
+    mark: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+
+
 class TableSink:
     """See `Output`. Rows wait in a folder beside, and go into the table at the end, at once.
 
@@ -60,7 +65,7 @@ class TableSink:
         self.companions = companions
         self._store = store
         self._folder = Path(f"{companions}.partial")
-        self._rows = TypedRows(self._folder, store.vector)
+        self._rows = TypedRows(self._folder, store.vector, NUMBER)
         self._dimensions = 0
         self._mark = ""
         self._finished_at: Mapping[str, Any] | None = None
@@ -69,16 +74,15 @@ class TableSink:
         """See `Sink`. An output that was finished at that state, by who died before telling so, is finished."""
         self.close()
         self._dimensions, self._finished_at = shape.dimensions, None
-        shape = shape._replace(columns=[name for name in shape.columns if name != NUMBER])
-        self._mark = uuid.uuid4().hex if state is None else state["mark"]
         with self._told():
+            self._mark = uuid.uuid4().hex if state is None else msgspec.convert(state, _State).mark
             if state is not None and not self._rows.go_on(shape, state):
                 if self._store.mark() != self._mark:
                     raise self._lost()
                 self._finished_at = state
             else:
                 self._refuse_foreign()
-                self._store.rehearse(self._as_texts(shape))
+                self._store.rehearse(_numbered(self._rows.rehearsed(shape)))
             if state is None:
                 self._rows.begin(shape)
                 fsync(self._folder.parent)
@@ -124,18 +128,16 @@ class TableSink:
 
     def there(self) -> bool:
         """See `Output`."""
+        self._refuse_foreign()
         return self._store.there()
 
-    def kept(self, state: Mapping[str, Any]) -> int | None:
+    def kept(self, state: Mapping[str, Any], dimensions: int) -> int | None:
         """See `Output`."""
         mark = self._store.mark()
-        return self._store.rows() if mark is not None and mark == state.get("mark") else None
-
-    def _as_texts(self, shape: Shape) -> pa.Schema:
-        """As it will be, but for the columns' types, which are not known yet."""
-        columns = [(name, pa.string()) for name in shape.columns if name not in (ID, self._store.vector)]
-        vectors = pa.list_(pa.float32(), shape.dimensions)
-        return _numbered(pa.schema([(ID, pa.string()), *columns, (self._store.vector, vectors)]))
+        if mark is None or mark != state.get("mark"):
+            return None
+        first = self.vectors(0, 1)
+        return self._store.rows() if first is None or first.shape[1] == dimensions else 0
 
     def _refuse_foreign(self) -> None:
         if self._store.there() and self._store.mark() is None:
@@ -152,6 +154,9 @@ class TableSink:
         except DataError:
             self.close()
             raise
+        except msgspec.ValidationError:
+            self.close()
+            raise self._lost() from None
         except OSError as error:
             self.close()
             raise DataError(f"{self._folder}: cannot be written: {reason(error)}") from error

@@ -1,9 +1,11 @@
 """Hides what a run leaves beside its output: how far it is, what failed, what every row was, what came of it all."""
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from decimal import Decimal
 from hashlib import blake2b
 from io import FileIO
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from app.corpus.rows import DataError, Lost, Row
+from app.corpus.rows import Count, DataError, Lost, Row
 from app.corpus.sinks import fsync
 
 HASH_BYTES: Final = 16
@@ -24,7 +26,7 @@ _VERSION = 1
 class Failed(msgspec.Struct, frozen=True):
     """A row that has no vector, and why."""
 
-    row: int
+    row: Count
     id: str
     reason: str
 
@@ -57,13 +59,44 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
     subject: dict[str, Any]
     started_at: str
-    rows: int = 0
+    rows: Count = 0
     sink: dict[str, Any] | None = None
-    hashes_bytes: int = 0
-    failed_bytes: int = 0
+    hashes_bytes: Count = 0
+    failed_bytes: Count = 0
     spent: Spent = Spent()
     seconds: float = 0.0
     version: int = _VERSION
+
+    @property
+    def credible(self) -> bool:
+        """Whether it is one of ours, and so many rows may be there: in a sink, and no more than were asked for."""
+        asked_for = self.subject.get("rows")
+        there = not self.rows or self.sink is not None
+        return self.version == _VERSION and there and not (isinstance(asked_for, int) and self.rows > asked_for)
+
+
+class _Subject(msgspec.Struct):
+    failed: str
+
+
+class _State(msgspec.Struct):
+    rows: Count
+
+
+class _Meta(msgspec.Struct):
+    """What others rely on in what is known of a finished output; people find more there."""
+
+    subject: _Subject
+    space: str
+    dimensions: Count
+    rows: Count
+    failed: Count
+    tokens: Count
+    calls: float
+    cost_usd: Decimal | None
+    started_at: str
+    seconds: float
+    sink: _State
 
 
 class Trail:
@@ -92,7 +125,7 @@ class Trail:
             checkpoint = msgspec.json.decode(found, type=Checkpoint)
         except msgspec.MsgspecError:
             checkpoint = None
-        if checkpoint is None or checkpoint.version != _VERSION:
+        if checkpoint is None or not checkpoint.credible:
             text = "is no checkpoint that can be read; remove it, or begin anew with --force"
             raise Lost(f"{self.progress_file}: {text}")
         return checkpoint
@@ -100,6 +133,9 @@ class Trail:
     def open(self, checkpoint: Checkpoint) -> None:
         """Goes on from there: what was written behind it is forgotten. Raises Lost."""
         self.close()
+        for file in (self.hashes_file, self.failed_file, self.meta_file):
+            if file.is_dir():  # else that was told once all is done
+                raise _unwritten(file, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
         self._hashes = _opened(self.hashes_file, checkpoint.hashes_bytes)
         self._failed = _opened(self.failed_file, checkpoint.failed_bytes)
 
@@ -171,10 +207,10 @@ class Trail:
 
     def meta(self) -> dict[str, Any] | None:
         """What is known of a finished output; None: there is none that can be read."""
-        with suppress(orjson.JSONDecodeError):
-            found = _read(self.meta_file)
-            told = orjson.loads(found) if found is not None else None
-            return told if isinstance(told, dict) else None
+        found = _read(self.meta_file)
+        with suppress(msgspec.MsgspecError):
+            msgspec.json.decode(found or b"", type=_Meta)
+            return msgspec.json.decode(found or b"", type=dict[str, Any])
         return None
 
     def known(self, *, omitted: bool) -> "Known | None":

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import orjson
 import pyarrow as pa
 from pyarrow import ipc
 
-from app.corpus.rows import Matrix, Row, Shape
+from app.corpus.rows import Count, Matrix, Row, Shape
 
 ID: Final = "id"
 _GROUP_BYTES, _GROUP_ROWS = 2**22, 2**13
@@ -26,19 +27,24 @@ _TYPES: Final[Mapping[frozenset[str], pa.DataType]] = {
 """Of a column, by what its values are; any other mixture is a string."""
 
 
+class _State(msgspec.Struct):
+    rows: Count
+    parts: Count
+
+
 class TypedRows:
     """Rows on their way into a table: `id`, the shape's columns, `vector`: a list of fixed size, null for a row of NaN.
 
-    Where a column has one of these two names, the table's own stands in its place. They lie in a folder: what is
-    written between two calls of `state` is one part, an Arrow file that gets its name once it is whole and synced. The
-    columns of a row lie in it as JSON. Every method may raise OSError.
+    A column that is named as one of these, or of `others`, has another name here, see `Shape`. They lie in a folder:
+    what is written between two calls of `state` is one part, an Arrow file that gets its name once it is whole and
+    synced. The columns of a row lie in it as JSON. Every method may raise OSError.
     """
 
-    def __init__(self, folder: Path, vector: str) -> None:
+    def __init__(self, folder: Path, vector: str, *others: str) -> None:
         self._folder = folder
         self._vector = vector
+        self._own = (ID, vector, *others)
         self._shape = Shape(0, 0, ())
-        self._names: Sequence[str] = ()
         self._rows = self._parts = 0
         self._file: pa.OSFile | None = None
         self._writer: ipc.RecordBatchFileWriter | None = None
@@ -50,8 +56,8 @@ class TypedRows:
 
     def go_on(self, shape: Shape, state: Mapping[str, Any]) -> bool:
         """As it was at that `state`, without what lies behind; False: what the state tells of is not there."""
-        self._shape, self._rows, self._parts = shape, state["rows"], state["parts"]
-        self._names = [name for name in shape.columns if name not in (ID, self._vector)]
+        known = msgspec.convert(state, _State)
+        self._shape, self._rows, self._parts = shape, known.rows, known.parts
         kept = {self._part(index) for index in range(self._parts)}
         try:
             there = set(self._folder.iterdir())
@@ -66,7 +72,7 @@ class TypedRows:
         """The next rows; `vectors` are C-contiguous, little-endian."""
         if not rows:
             return
-        values = [orjson.dumps([row.columns.get(name) for name in self._names]).decode() for row in rows]
+        values = [orjson.dumps([row.columns.get(name) for name in self._shape.columns]).decode() for row in rows]
         ids = pa.array([row.id for row in rows], pa.string())
         batch = pa.record_batch([ids, pa.array(values, pa.string()), _lists(vectors)], ["id", "values", "vector"])
         if self._writer is None:
@@ -88,8 +94,16 @@ class TypedRows:
 
     def schema(self) -> pa.Schema:
         """Of all that was written until the last `state`; it is read once for that."""
-        vectors = pa.list_(pa.float32(), self._shape.dimensions)
-        return pa.schema([(ID, pa.string()), *zip(self._names, self._types(), strict=True), (self._vector, vectors)])
+        return self._schema(self._shape, self._types())
+
+    def rehearsed(self, shape: Shape) -> pa.Schema:
+        """As it will be, but for the columns' types, which are not known yet."""
+        return self._schema(shape, [pa.string() for _ in shape.columns])
+
+    def _schema(self, shape: Shape, types: Sequence[pa.DataType]) -> pa.Schema:
+        columns = zip(shape.names_beside(*self._own).values(), types, strict=True)
+        vectors = pa.list_(pa.float32(), shape.dimensions)
+        return pa.schema([(ID, pa.string()), *columns, (self._vector, vectors)])
 
     def tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
         """The same rows, in order; in groups of bounded size, which do not tell where parts ended, each one chunk."""
@@ -118,7 +132,7 @@ class TypedRows:
 
     def _types(self) -> list[pa.DataType]:
         """Of each column."""
-        seen: list[set[str]] = [set() for _ in self._names]
+        seen: list[set[str]] = [set() for _ in self._shape.columns]
         for batch in self._batches():
             for kinds, values in zip(seen, _columns(batch), strict=True):
                 kinds.update(_kind(value) for value in values if value is not None)
@@ -126,7 +140,9 @@ class TypedRows:
 
 
 def matrix(lists: Any) -> Matrix:
-    """Of an array of lists of fixed size; NaN where there is no list."""
+    """Of an array of lists of fixed size; NaN where there is no list. ValueError: it is none of float32."""
+    if not (pa.types.is_fixed_size_list(lists.type) and pa.types.is_float32(lists.type.value_type)):
+        raise ValueError("no vectors of float32")
     found = np.full((len(lists), lists.type.list_size), np.nan, np.float32)
     there = lists.is_valid().to_numpy(zero_copy_only=False)
     found[there] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, lists.type.list_size)

@@ -32,6 +32,7 @@ class Texts:
 
     name, fingerprint = "texts", "f"
     columns: Sequence[str] = ("text",)
+    reading: Mapping[str, str | int | None] = {}
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = texts

@@ -1,7 +1,7 @@
 """How a dataset falls into parts, and what has to be so that they may be joined."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ class Texts:
 
     name = "texts"
     columns: Sequence[str] = ("text",)
+    reading: Mapping[str, str | int | None] = {}
 
     def __init__(self, rows: int, fingerprint: str = "f") -> None:
         self.rows, self.fingerprint = rows, fingerprint
@@ -192,15 +193,17 @@ def test_every_part_that_does_not_fit_is_told(tmp_path: Path) -> None:
     assert not Path(out).exists()
 
 
-@pytest.mark.parametrize("lost", ["rows", "failed"])
+@pytest.mark.parametrize("lost", ["rows", "width", "failed"])
 def test_a_part_that_is_not_whole_is_told(tmp_path: Path, lost: str) -> None:
-    """An array that is shorter than it was, or a list of failed rows that has gone: nothing is joined."""
+    """An array that is shorter or narrower than it was, or a list of failed rows that has gone: nothing is joined."""
     source, out = Texts(100), str(tmp_path / "out.npy")
     for part in parts_of(2):
         make(part.of(source), part.out(out), failing=["id70"])
     second = Part(2, 2).out(out)
     if lost == "rows":
         np.save(second, np.load(second)[:-1])
+    elif lost == "width":
+        np.save(second, np.load(second)[:, 1:])
     else:
         Path(f"{second}.failed.jsonl").unlink()
     with pytest.raises(DataError, match=r"out\.part-2-of-2\.npy"):

@@ -83,8 +83,49 @@ def test_what_postgres_cannot_have_is_told_before_a_row_is_bought(articles: str,
     assert '"xmin" conflicts with a system column' in refused(articles, Shape(1, WIDE, ("xmin",)))
     make(articles)
     sql(postgres_url, "CREATE VIEW seen AS SELECT id FROM articles")
-    assert "because other objects depend on it" in refused(articles)
+    told = refused(articles)
+    assert told.endswith(
+        "cannot drop table articles because other objects depend on it: view seen depends on table articles; "
+        "drop that first, and make it again once the table is there"
+    )
     holds(articles)
+    sql(postgres_url, "DROP VIEW seen", "ALTER TABLE articles ENABLE ROW LEVEL SECURITY")
+    assert "has row security, which a table in its place would lack: disable it, or name another" in refused(articles)
+
+
+RIGHTS = """
+SELECT relowner::regrole::text AS owner, a.grantee::regrole::text AS who, a.privilege_type AS may, a.is_grantable AS on,
+       NULL AS of FROM pg_class, aclexplode(coalesce(relacl, acldefault('r', relowner))) a WHERE relname = 'articles'
+UNION ALL
+SELECT '', a.grantee::regrole::text, a.privilege_type, a.is_grantable, attname
+FROM pg_attribute, aclexplode(attacl) a WHERE attrelid = 'articles'::regclass ORDER BY 1, 2, 3, 5
+"""
+
+
+def test_what_takes_a_tables_place_is_whose_it_was(articles: str, postgres_url: str) -> None:
+    """Its owner, who may do what with it, and what is said of its columns stay, and nobody else may do anything."""
+    database = urlsplit(postgres_url).path[1:]
+    owner, reader = f"Owner {database}", f"reader_{database}"
+    make(articles)
+    sql(postgres_url, f'CREATE ROLE "{owner}"', f"CREATE ROLE {reader}")
+    try:
+        sql(
+            postgres_url, f'ALTER TABLE articles OWNER TO "{owner}"', f'REVOKE DELETE ON articles FROM "{owner}"',
+            f"GRANT SELECT ON articles TO {reader}", f"GRANT UPDATE ON articles TO {reader} WITH GRANT OPTION",
+            "GRANT SELECT (title, embedding) ON articles TO PUBLIC", "COMMENT ON COLUMN articles.title IS 'what''s it'",
+            f"ALTER DEFAULT PRIVILEGES GRANT INSERT ON TABLES TO {reader}",
+        )  # fmt: skip
+        before = sql(postgres_url, RIGHTS)
+        assert len(before) > 9
+        make(articles, rows=5)
+        holds(articles, rows=5)
+        assert sql(postgres_url, RIGHTS) == before
+        assert sql(postgres_url, "SELECT col_description('articles'::regclass, 3) AS said") == [{"said": "what's it"}]
+        sql(postgres_url, "ALTER TABLE articles DROP COLUMN title")
+        make(articles)
+        holds(articles)
+    finally:
+        sql(postgres_url, f'DROP OWNED BY {reader}, "{owner}"', f'DROP ROLE {reader}, "{owner}"')
 
 
 def test_who_may_not_is_told(articles: str, postgres_url: str) -> None:

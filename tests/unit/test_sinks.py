@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import psutil
 import pyarrow as pa
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.corpus.rows import DataError, Matrix, Row, Shape, Sink
+from app.corpus.rows import DataError, Lost, Matrix, Row, Shape, Sink
 from app.corpus.sinks import open_sink
 from tests.identity import identifying_vectors
 
@@ -337,7 +338,7 @@ def test_a_place_that_cannot_be_written_is_told(out: Path) -> None:
         open_sink(str(out)).vectors(0, 1)
 
 
-@pytest.mark.parametrize("name", ["out.csv", "out", "npy"])
+@pytest.mark.parametrize("name", ["out.csv", "out", "npy", ".", "/"])
 def test_an_unknown_form_is_told_with_those_there_are(name: str) -> None:
     """A suffix that nobody knows is answered with those that are known."""
     with pytest.raises(DataError, match=rf"{name}: is of no form.*\.npy, \.parquet, \.arrow or \.jsonl"):
@@ -423,20 +424,83 @@ def test_memory_does_not_grow_with_the_array(tmp_path: Path) -> None:
     assert max(sizes_bytes) - sizes_bytes[0] < 5e6
 
 
+# ── what others do with it ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def altered(out: Path, vectors: npt.NDArray[Any]) -> None:
+    """Others put these in the place of the output's vectors."""
+    match out.suffix:
+        case ".npy":
+            np.save(out, vectors)
+        case ".jsonl":
+            out.write_bytes(b"".join(orjson.dumps({"embedding": each.tolist()}) + b"\n" for each in vectors))
+        case _:
+            flat = pa.array(vectors.reshape(-1))
+            lists = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[-1]) if vectors.ndim > 1 else flat
+            write_table(out, pa.table({"embedding": lists}))
+
+
+def write_table(out: Path, table: pa.Table) -> None:
+    """As a file of the form that the name says."""
+    if out.suffix == ".parquet":
+        pq.write_table(table, out)
+    else:
+        with pa.ipc.new_file(str(out), table.schema) as writer:
+            writer.write_table(table)
+
+
+def test_an_output_of_another_shape_is_another_one(out: Path) -> None:
+    """Narrower, wider, longer, shorter, or no vectors at all: it holds none of the rows that are told of."""
+    with closing(open_sink(str(out))) as sink:
+        sink.open(SHAPE, None)
+        put(sink, 0, 60)
+        state = sink.sync()
+        sink.finish()
+        assert sink.kept(state, WIDE) == 60
+    for vectors in (np.ones((60, 5)), np.ones((60, 7)), np.ones((61, WIDE)), np.ones((59, WIDE)), np.ones(60)):
+        altered(out, vectors.astype(np.float32))
+        with closing(open_sink(str(out))) as sink:
+            assert sink.kept(state, WIDE) == 0
+    altered(out, VECTORS)
+    with closing(open_sink(str(out))) as sink:
+        assert sink.kept(state, WIDE) == 60
+
+
+def test_vectors_of_another_type_are_none(tmp_path: Path) -> None:
+    """Doubles in an array, lists of any length in a table."""
+    np.save(tmp_path / "out.npy", np.ones((3, WIDE)))
+    assert open_sink(str(tmp_path / "out.npy")).vectors(0, 1) is None
+    for name in ("out.parquet", "out.arrow"):
+        write_table(tmp_path / name, pa.table({"embedding": pa.array([[1.0], [1.0, 2.0]])}))
+        assert open_sink(str(tmp_path / name)).vectors(0, 1) is None
+
+
+@pytest.mark.parametrize("state", [{}, {"rows": "x"}, {"rows": -1, "bytes": -1, "parts": -1}, {"rows": None}])
+def test_a_state_that_is_none_is_told(out: Path, state: dict[str, Any]) -> None:
+    """As one whose rows are gone."""
+    with closing(open_sink(str(out))) as sink:
+        sink.open(SHAPE, None)
+        put(sink, 0, 60)
+        sink.sync()
+        sink.close()
+        with pytest.raises(Lost, match="does not hold what an earlier run has written"):
+            sink.open(SHAPE, state)
+
+
 # ── .jsonl ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_line_says_what_its_row_carries(tmp_path: Path) -> None:
-    """Id first, the columns, then the shortest digits; null without a vector; the output's own words win."""
+    """Id first, the columns, then the shortest digits; null without a vector; a column named as these is renamed."""
     out = tmp_path / "out.jsonl"
     sink = open_sink(str(out))
-    sink.open(Shape(2, 3, ("title", "id", "embedding")), None)
-    rows = [Row(0, "a", "", {"title": "ä", "id": 7}), Row(1, "b", "", {"title": None, "embedding": [1]})]
+    sink.open(Shape(2, 3, ("title", "id", "embedding", "id_")), None)
+    rows = [Row(0, "a", "", {"title": "ä", "id": 7, "id_": 8}), Row(1, "b", "", {"title": None, "embedding": [1]})]
     sink.write(rows, np.array([[0.1, -2, 1e-20], [np.nan] * 3], np.float32))
     sink.finish()
     assert out.read_text("utf-8").splitlines() == [
-        '{"id":"a","title":"ä","embedding":[0.1,-2.0,1e-20]}',
-        '{"id":"b","title":null,"embedding":null}',
+        '{"id":"a","title":"ä","id__":7,"id_":8,"embedding":[0.1,-2.0,1e-20]}',
+        '{"id":"b","title":null,"embedding_":[1],"embedding":null}',
     ]
 
 
@@ -452,7 +516,7 @@ def test_an_output_without_any_vector_is_one(out: Path) -> None:
         assert len(found) == len(ROWS)
         assert np.isnan(found).all(axis=1).all()
         assert found.shape[1]
-        assert sink.kept(state) == len(ROWS)
+        assert sink.kept(state, WIDE) == len(ROWS)
 
 
 def test_rows_without_vectors_are_as_wide_as_the_others(tmp_path: Path) -> None:
@@ -506,13 +570,13 @@ def test_a_column_is_of_the_type_that_all_its_values_have(
 
 @pytest.mark.parametrize("form", TABLES)
 def test_a_table_has_the_columns_of_its_shape(tmp_path: Path, form: str) -> None:
-    """Id, the shape's columns, the embedding; a row that lacks one has null, and the output's own words win."""
+    """Id, the shape's columns, the embedding; a row that lacks one has null, one named as these has another name."""
     table = table_of(tmp_path, form, ["b", "id", "a", "embedding"], [{"a": 1, "c": 2, "id": 5}, {"b": "x"}])
-    assert table.schema.names == ["id", "b", "a", "embedding"]
+    assert table.schema.names == ["id", "b", "id_", "a", "embedding_", "embedding"]
     assert table.schema.field("embedding").type == pa.list_(pa.float32(), 2)
     assert table.to_pylist() == [
-        {"id": "r0", "b": None, "a": 1, "embedding": [0.0, 0.0]},
-        {"id": "r1", "b": "x", "a": None, "embedding": [1.0, 1.0]},
+        {"id": "r0", "b": None, "id_": 5, "a": 1, "embedding_": None, "embedding": [0.0, 0.0]},
+        {"id": "r1", "b": "x", "id_": None, "a": None, "embedding_": None, "embedding": [1.0, 1.0]},
     ]
 
 

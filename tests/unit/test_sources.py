@@ -202,9 +202,13 @@ def test_an_id_that_is_there_twice_is_told_with_both_rows(path: str, tmp_path: P
 
 
 def test_a_missing_column_is_told_with_those_there_are(path: str) -> None:
-    """At the start, for the text and for the id."""
+    """At the start, for the text and for the id; of objects, which may differ, the first one has to have its id."""
     assert refusal(path, text="{titel}").endswith(f"no column 'titel' in {path}: it has key, title, body, note")
-    assert refusal(path, text="title", id="nr").endswith(f"no column 'nr' in {path}: it has key, title, body, note")
+    told = refusal(path, text="title", id="nr")
+    if "json" in path.lower():
+        assert told == f"row 1 of {path} has no 'nr': each row needs its id"
+    else:
+        assert told == f"no column 'nr' in {path}: it has key, title, body, note"
 
 
 def test_an_empty_id_is_told_with_its_row(path: str) -> None:
@@ -320,14 +324,41 @@ def test_stdin_is_read_as_a_file_is(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_objects_may_differ(tmp_path: Path) -> None:
-    """The columns are the first one's: what is missing later is empty, and other ones are not carried."""
+    """A column is what any of them has, in any file: what is missing in one is empty."""
     path = named(tmp_path / "a.jsonl", '\ufeff{"k": 7, "t": "x", "n": {"a": [1]}}\n \n{"k": true, "more": 1}\n')
-    assert rows(path, text="{t}!", id="k") == [
+    source = open_source([str(path)], text="{t}!", id="k")
+    assert [*source.read()] == [
         Row(0, "7", "x!", {"t": "x", "n": {"a": [1]}}),
-        Row(1, "true", "!", {}),
+        Row(1, "true", "!", {"more": 1}),
     ]
+    assert list(source.columns) == ["t", "n", "more"]
+    assert [row.text for row in rows(path, text="more", id="k")] == ["", "1"]
+    other = named(tmp_path / "b.jsonl", '{"k": 8, "last": 2}\n')
+    assert list(open_source([str(path), str(other)], text="last", id="k").columns) == ["t", "n", "more", "last"]
+    assert refusal(path, other, text="gone") == "no column 'gone' in 2 files: it has k, t, n, more, last"
     empty = named(tmp_path / "0.jsonl", "\n")
     assert [row.id for row in rows(empty, path, text="t", id="k")] == ["7", "true"]
+
+
+def test_objects_have_no_more_columns_than_a_table_can(tmp_path: Path) -> None:
+    """Where every line brings names of its own, the line that is too much is told."""
+    path = named(tmp_path / "a.jsonl", "".join(f'{{"text": "x", "k{number}": 1}}\n' for number in range(2100)))
+    assert refusal(path) == f"{path}, line 2000: more than 2000 columns up to here; put what differs into one object"
+    assert len(rows(path, limit=1999)) == 1999
+
+
+def test_whole_numbers_of_any_length_are_exact(tmp_path: Path) -> None:
+    """Those beyond 64 bits are their digits, wherever they stand; others stay numbers."""
+    few = [2**64 - 1, -(2**63)]
+    many = ["12345678901234567890123", "12345678901234567890124", str(2**64), str(-(2**63) - 1), "1" * 300]
+    lines = [f'{{"id": {each}, "text": "x", "n": [{each}, 1.0]}}\n' for each in (*few, *many)]
+    found = rows(named(tmp_path / "a.jsonl", "".join(lines)))
+    assert [(row.id, row.columns["n"]) for row in found[:2]] == [(str(each), [each, 1.0]) for each in few]
+    assert [(row.id, row.columns["n"]) for row in found[2:]] == [(each, [each, 1.0]) for each in many]
+    deep = rows(named(tmp_path / "b.jsonl", f'{{"text": {{"a": [{many[0]}, 0.5]}}}}\n'))
+    assert [(row.text, row.columns) for row in deep] == [
+        ('{"a":["12345678901234567890123",0.5]}', {"text": {"a": ["12345678901234567890123", 0.5]}})
+    ]
 
 
 def test_typed_values_become_json(tmp_path: Path) -> None:
@@ -362,6 +393,18 @@ def test_typed_values_become_json(tmp_path: Path) -> None:
     assert [row.columns for row in rows(path, text="word")] == [expected | clock, dict.fromkeys(expected)]
     assert orjson.loads(orjson.dumps(expected)) == expected
     assert rows(path, text="{day} {half} {count}", limit=1)[0].text == f"2024-01-02 0.5 {2**60}"
+
+
+def test_a_time_that_has_no_date_is_its_number(tmp_path: Path) -> None:
+    """It is further away than calendars go."""
+    path = tmp_path / "a.arrow"
+    table = pa.table({"at": pa.array([2**62, 5], pa.timestamp("s")), "on": pa.array([-(2**31), 5], pa.date32())})
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    assert [row.text for row in rows(path, text="{at} {on}")] == [
+        f"{2**62} {-(2**31)}",
+        "1970-01-01T00:00:05 1970-01-06",
+    ]
 
 
 def test_parquet_is_read_from_the_row_group_that_is_asked_for(tmp_path: Path) -> None:
@@ -399,6 +442,7 @@ def test_a_long_field_is_read(tmp_path: Path) -> None:
         ("a.csv", b"text,b\nx,1\n\ny,2,3\n", ", line 4: 3 fields, and the first line has 2"),
         ("a.csv", b'text\n"x\ny"\nz\xff\n', ", line 4: no UTF-8"),
         ("a.csv", b'text\nx\n"never\nclosed\n', ", line 3: unexpected end of data"),
+        ("a.csv", b"text,b\rx,y\r", ", line 1: a carriage return that ends no line; convert its line ends, with tr"),
         ("a.csv", b'text\n"x" y\n', ", line 2: ',' expected after '\"'"),
         ("a.csv.gz", gzip.compress(b"text\nx\n", mtime=0)[:-3], ": it is cut short or broken"),
         ("a.csv.gz", b"\x1f\x8bnonsense and more", ": "),
@@ -406,6 +450,13 @@ def test_a_long_field_is_read(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n\n{"text": "y"\n', ", line 3: no JSON, "),
         ("a.jsonl", b'{"text": "x"}\n["y"]\n', ", line 2: no JSON object"),
         ("a.jsonl", b'{"text": "\xff"}\n', ", line 1: no JSON, "),
+        (
+            "a.jsonl",
+            b'[{"text": "x"}]\n',
+            ", line 1: no JSON object; each line has to be one: jq -c '.[]' makes them of",
+        ),
+        ("a.jsonl", b'[\n{"text": "x"}\n]\n', ", line 1: no JSON object; each line has to be one: jq -c '.[]' makes"),
+        ("a.jsonl", b'{"text": 1}\n{"text": ' + b"[" * 300 + b"]" * 300 + b"}", ", line 2: nested too deep"),
         ("a.txt", b"", " has no rows"),
         ("a.txt", b"x\ny\xff\n", ", line 2: no UTF-8"),
         ("a.parquet", b"PAR1 not at all PAR1", ": "),
@@ -419,6 +470,24 @@ def test_a_broken_file_is_told_in_a_line(name: str, data: bytes, told: str, tmp_
     """With its name, and with the line at which a row begins where that can be said."""
     path = named(tmp_path / name, data)
     assert refusal(path).startswith(f"{path}{told}")
+
+
+@pytest.mark.parametrize(("name", "lists"), [("a.parquet", "list<element: string>"), ("a.arrow", "list<item: string>")])
+def test_typed_columns_that_cannot_be_used_are_told(name: str, lists: str, tmp_path: Path) -> None:
+    """Two of one name, and what holds no texts or numbers."""
+    path = tmp_path / name
+
+    def write(table: pa.Table) -> None:
+        if name == "a.parquet":
+            pq.write_table(table, path)
+        else:
+            with pa.ipc.new_file(str(path), table.schema) as writer:
+                writer.write_table(table)
+
+    write(pa.table([["x"], [["y"]]], ["text", "tags"]))
+    assert refusal(path, text="tags") == f"the column 'tags' in {path} holds {lists}, no texts or numbers"
+    write(pa.table([["x"], [1], ["y"]], ["text", "n", "text"]))
+    assert refusal(path) == f"{path}: two columns are named 'text'"
 
 
 def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
@@ -449,7 +518,7 @@ def test_inputs_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     assert refusal(tmp_path / "*.tsv") == f"no file matches '{tmp_path / '*.tsv'}'"
     assert refusal("x" * 5000 + ".csv") == "x" * 5000 + ".csv: File name too long"
     assert refusal() == "no input: name files, or - for stdin"
-    assert "csv, tsv, jsonl, parquet, arrow, lines, files" in refusal(odd)
+    assert "csv, tsv, jsonl, lines, files, parquet, arrow" in refusal(odd)
     assert "does not say its format" in refusal(tmp_path / "a.parquet.gz")
     assert refusal("-").startswith("stdin has no name: give the form, one of csv")
     assert refusal("-", "-", form="csv") == "- is given twice: stdin can be read once"
@@ -459,6 +528,40 @@ def test_inputs_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     assert refusal(csv, limit=0).startswith("the limit is 0")
     assert refusal(csv, seed=1).startswith("a seed chooses")
     assert [row.text for row in rows(odd, form="lines")] == ["x"]
+
+
+def test_a_file_that_is_given_twice_is_read_once(tmp_path: Path) -> None:
+    """Whatever it is called, where it came first."""
+    path, other = named(tmp_path / "b.txt", "x\n"), named(tmp_path / "a.txt", "y\n")
+    (tmp_path / "c.txt").symlink_to(path)
+    given_twice = (path, path, f"{tmp_path}/./b.txt", tmp_path / "c.txt", tmp_path / "*.txt", other)
+    assert [row.text for row in rows(*given_twice)] == ["x", "y"]
+
+
+def test_an_output_is_not_its_own_input(tmp_path: Path) -> None:
+    """Nor is what lies beside it, or parts of it: a glob passes over them, and the output's own name is refused."""
+    folder = tmp_path / "g"
+    for name in (
+        "a.jsonl", "out.jsonl", "out.jsonl.failed.jsonl", "out.part-1-of-2.jsonl", "out.part-1-of-2.jsonl.failed.jsonl",
+        "out.jsonl.parts/out.part-1-of-2.jsonl", "out.part-1.jsonl", "other.out.jsonl",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        named(folder / name, orjson.dumps({"text": name}))
+    (tmp_path / "link").symlink_to(folder)
+    out = str(tmp_path / "link" / "out.jsonl")
+    found = [row.text for row in rows(folder / "**" / "*.jsonl", out=out)]
+    assert found == ["a.jsonl", "other.out.jsonl", "out.part-1.jsonl"]
+    assert refusal(folder / "out.jsonl", out=out) == f"{folder / 'out.jsonl'} is the output: name another with --out"
+    assert refusal(folder / "out.jso*", out=str(folder / "out.jsonl")).endswith("but what belongs to the output")
+    named(tmp_path / "x.lance.failed.jsonl", b'{"text": "x"}')
+    told = refusal(tmp_path / "*.jsonl", out=str(tmp_path / "x.LANCE"))
+    assert told == f"no file matches '{tmp_path}/*.jsonl', but what belongs to the output"
+
+
+def test_a_closed_stdin_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell closes it with <&-."""
+    monkeypatch.setattr(sys, "stdin", None)
+    assert refusal("-", form="lines") == "there is no standard input"
 
 
 def test_a_source_that_shrank_is_told(path: str) -> None:

@@ -176,15 +176,17 @@ def test_others_find_the_rows_with_typed_columns(place: Place) -> None:
             np.testing.assert_array_equal(np.array(embedding, np.float32), vector)
 
 
-def test_the_tables_own_columns_win(place: Place) -> None:
-    """Where the source has a column of the same name, the table's own stands in its place, once."""
+def test_columns_that_are_named_as_the_tables_own_have_another_name(place: Place) -> None:
+    """One that is free."""
     own = "vector" if place.lance else "embedding"
     with closing(open_sink(place.out)) as sink:
         sink.open(Shape(1, WIDE, ("id", own, "embedgate_row", "a")), None)
         sink.write([Row(0, "x", "", {"id": 5, own: [1], "embedgate_row": 9, "a": 1})], VECTORS[:1])
         sink.finish()
-    seen = place.seen()
-    assert [{**seen[0], own: None}] == [{"id": "x", "embedgate_row": 0, "a": 1, own: None}]
+    [seen] = place.seen()
+    assert {**seen, own: None} == {
+        "id": "x", "embedgate_row": 0, "id_": 5, f"{own}_": "[1]", "embedgate_row_": 9, "a": 1, own: None,
+    }  # fmt: skip
 
 
 def test_readers_see_what_was_there_until_all_is(place: Place) -> None:
@@ -209,7 +211,7 @@ def test_an_output_of_no_rows_is_one(place: Place) -> None:
         state = sink.sync()
         sink.finish()
         assert sink.there()
-        assert sink.kept(state) == 0
+        assert sink.kept(state, WIDE) == 0
     assert place.seen() == []
 
 
@@ -264,12 +266,22 @@ def test_a_state_without_its_rows_is_told(place: Place) -> None:
     holds(place.out)
 
 
+@pytest.mark.parametrize("change", [{"rows": "x"}, {"parts": -1}, {"mark": "'"}, {"mark": None}])
+def test_a_state_that_is_none_is_told(place: Place, change: dict[str, Any]) -> None:
+    """As one whose rows are gone."""
+    with closing(open_sink(place.out)) as sink:
+        sink.open(SHAPE, None)
+        put(sink, 0, 60)
+        state = sink.sync()
+    assert "does not hold what an earlier run has written" in refused(place.out, state={**state, **change})
+
+
 def test_an_output_is_known_by_its_state(place: Place) -> None:
     """One that another run has made since is not taken for it, though it has as many rows."""
     before = make(place.out)
     after = make(place.out)
     with closing(open_sink(place.out)) as sink:
-        assert (sink.kept(before), sink.kept(after), sink.kept({"rows": 60})) == (None, 60, None)
+        assert [sink.kept(state, WIDE) for state in (before, after, {"rows": 60})] == [None, 60, None]
 
 
 # ── what others do with it ──────────────────────────────────────────────────────────────────────────────────────────
@@ -283,6 +295,8 @@ def test_a_table_of_others_is_left_alone(place: Place) -> None:
         sql(place.url, "CREATE TABLE articles (id text)", "INSERT INTO articles VALUES ('a')")
     name = place.out if place.lance else r"postgresql://user@\S+#articles"
     assert re.fullmatch(rf"{name} is there, and was not made by embedgate, .*: name another", refused(place.out))
+    with closing(open_sink(place.out)) as sink, pytest.raises(DataError, match="was not made by embedgate"):
+        sink.there()
     assert place.leftovers() == []
     assert vectors(place.out, 0, 1) is None
     table = place.table.to_arrow().to_pylist() if place.lance else sql(place.url, "SELECT * FROM articles")
@@ -315,7 +329,7 @@ def test_rows_that_are_gone_are_noticed(place: Place) -> None:
     state = make(place.out)
     place.change("embedgate_row = 20 OR embedgate_row = 59")
     with closing(open_sink(place.out)) as sink:
-        assert sink.kept(state) == 58
+        assert sink.kept(state, WIDE) == 58
         assert sink.vectors(19, 3) is None
         found = sink.vectors(21, 2)
         assert found is not None
@@ -326,7 +340,7 @@ def test_rows_that_are_gone_are_noticed(place: Place) -> None:
         sql(place.url, "DROP TABLE articles")
     with closing(open_sink(place.out)) as sink:
         assert not sink.there()
-        assert sink.kept(state) is None
+        assert sink.kept(state, WIDE) is None
         assert sink.vectors(0, 1) is None
 
 
@@ -344,7 +358,7 @@ def test_rows_that_were_moved_keep_their_vectors(place: Place) -> None:
         )  # fmt: skip
     holds(place.out)
     with closing(open_sink(place.out)) as sink:
-        assert sink.kept(state) == 60
+        assert sink.kept(state, WIDE) == 60
 
 
 # ── what goes wrong ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -381,6 +395,15 @@ def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     out = str(tmp_path / "none" / "news.lance")
     assert refused(out) == f"{out}.partial: cannot be written: No such file or directory"
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_suffix_may_be_in_capitals(tmp_path: Path) -> None:
+    """LanceDB has but one: the table and all that belongs to it are spelt so."""
+    out = str(tmp_path / "news.LANCE")
+    make(out)
+    holds(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["news.lance"]
+    assert open_sink(out).companions == str(tmp_path / "news.lance")
 
 
 def test_a_name_that_lancedb_does_not_take_is_told(tmp_path: Path) -> None:

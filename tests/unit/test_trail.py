@@ -4,14 +4,16 @@ import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import orjson
 import pytest
 
 from app.corpus.rows import DataError, Lost, Row
 from app.corpus.trail import HASH_BYTES, Checkpoint, Failed, Known, Spent, Trail, hash_of
 
-BEGIN = Checkpoint({"model": "m"}, "2026-11-01T00:00:00+00:00")
+BEGIN = Checkpoint({"model": "m"}, "2026-11-01T00:00:00+00:00", sink={})
 
 
 def hashes(*texts: str) -> list[bytes]:
@@ -41,11 +43,11 @@ def test_what_was_not_noted_is_forgotten(tmp_path: Path) -> None:
     assert again.checkpoint() == checkpoint
     again.open(checkpoint)
     noted(again, checkpoint, ["c"], Failed(2, "id2", "why"))
-    again.finish({"rows": 3}, failed=2)
+    again.finish(META, failed=2)
     assert (tmp_path / "out.hashes").read_bytes() == b"".join(hashes("a", "b", "c"))
     failed = [msgspec.json.decode(line, type=Failed) for line in (tmp_path / "out.failed.jsonl").read_bytes().split()]
     assert failed == [Failed(1, "id1", "why"), Failed(2, "id2", "why")]
-    assert again.meta() == {"rows": 3}
+    assert again.meta() == META
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.failed.jsonl", "out.hashes", "out.meta.json"]
 
 
@@ -100,12 +102,70 @@ def test_what_a_checkpoint_tells_of_has_to_be_there(tmp_path: Path, name: str, l
         assert file.exists() == (left is not None)
 
 
-@pytest.mark.parametrize("content", [b"", b"no json", b"{}", b'{"version": 2, "subject": {}, "started_at": ""}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"no json", b"{}", b'{"version": 2, "subject": {}, "started_at": ""}',
+        b'{"subject": {}, "started_at": "", "rows": -1, "sink": {}}',
+        b'{"subject": {}, "started_at": "", "rows": 1}',
+        b'{"subject": {"rows": 2}, "started_at": "", "rows": 3, "sink": {}}',
+        b'{"subject": {}, "started_at": "", "hashes_bytes": -16}',
+    ],
+)  # fmt: skip
 def test_a_checkpoint_that_is_none_is_told(tmp_path: Path, content: bytes) -> None:
-    """Torn, of something else, or of another version."""
+    """Torn, of something else, of another version, or of rows that cannot be there."""
     (tmp_path / "out.progress").write_bytes(content)
     with pytest.raises(Lost, match="is no checkpoint that can be read"):
         trail(tmp_path).checkpoint()
+
+
+META = {
+    "space": "s", "dimensions": 3, "rows": 3, "failed": 0, "tokens": 9, "calls": 0.5, "cost_usd": "0.1", "seconds": 1.5,
+    "started_at": "2026-11-01T00:00:00+00:00", "subject": {"failed": "nan"}, "sink": {"rows": 3}, "text": "title",
+}  # fmt: skip
+
+
+def test_what_is_known_of_an_output_is_read_again(tmp_path: Path) -> None:
+    """All of it, also what only people read."""
+    made = trail(tmp_path)
+    made.open(BEGIN)
+    made.finish(META, failed=0)
+    assert made.meta() == META
+    (tmp_path / "out.meta.json").write_bytes(orjson.dumps(META | {"cost_usd": None}))
+    assert made.meta() == META | {"cost_usd": None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"subject": 5}, {"subject": {}}, {"subject": {"failed": 1}}, {"rows": "3"}, {"rows": -3},
+        {"sink": {"bytes": 3}}, {"sink": {"rows": "x"}}, {"failed": None}, {"seconds": "x"}, {"cost_usd": "much"},
+        {"dimensions": []},
+    ],
+)  # fmt: skip
+def test_what_is_known_of_an_output_has_to_be_as_it_was_written(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Else nothing is known; so it is with what is torn."""
+    (tmp_path / "out.meta.json").write_bytes(orjson.dumps(META | change))
+    assert trail(tmp_path).meta() is None
+    (tmp_path / "out.meta.json").write_bytes(orjson.dumps(META)[:-9])
+    assert trail(tmp_path).meta() is None
+
+
+def test_a_list_of_failures_that_is_none_is_not_read(tmp_path: Path) -> None:
+    """Nothing is known of the rows then."""
+    (tmp_path / "out.hashes").write_bytes(b"".join(hashes("a", "b")))
+    for line in (b"torn", b'{"row": -9, "id": "", "reason": ""}'):
+        (tmp_path / "out.failed.jsonl").write_bytes(line)
+        assert trail(tmp_path).failed() is None
+        assert trail(tmp_path).known(omitted=False) is None
+
+
+@pytest.mark.parametrize("name", ["hashes", "failed.jsonl", "meta.json"])
+def test_a_place_that_is_taken_is_told_by_its_name_before_a_row_is_bought(tmp_path: Path, name: str) -> None:
+    """A folder, where a file has to be in the end."""
+    (tmp_path / f"out.{name}").mkdir()
+    with pytest.raises(DataError, match=rf"out\.{name}: cannot be written: Is a directory$"):
+        trail(tmp_path).open(BEGIN)
 
 
 @contextmanager
