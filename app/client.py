@@ -12,12 +12,13 @@ at the first call and kept until the process ends.
 """
 
 import asyncio
-import math
+import operator
 import os
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar, get_args
@@ -25,8 +26,9 @@ from typing import Any, Final, NamedTuple, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
+from app.corpus.stream import embed_each, reason_of
 from app.domain import EmbeddingResult, InputType
-from app.embed_desk import Asking
+from app.embed_desk import Asking, Away, Desk, patiently
 from app.errors import (
     ConfigurationError,
     DeadlineExceeded,
@@ -38,7 +40,7 @@ from app.errors import (
 )
 from app.homes import EmbeddingError, Home, Place, home_at, waiting_room
 from app.jobs.patience import Patient
-from app.settings import find
+from app.settings import find, server_url
 
 __all__ = [
     "BatchResult",
@@ -63,6 +65,7 @@ _T = TypeVar("_T")
 TIMEOUT_S: Final = 60.0
 _BATCH_TEXTS, _AT_ONCE = 100, 16
 _QUOTA_S = 60.0  # what quotas are counted over
+_NO_TEXT = "Half a surrogate pair is no text."
 
 
 # ── what can go wrong ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -105,15 +108,41 @@ class BatchResult(NamedTuple):
 # ── asyncio ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _place(
-    model: str, dimensions: int, input_type: InputType | None, config: str | os.PathLike[str], base_url: str,
-    api_key: str,
-) -> Place:  # fmt: skip
+def _meant(
+    model: str | None, dimensions: int | None, input_type: InputType | None, config: str | os.PathLike[str] | None,
+    base_url: str | None, api_key: str | None,
+) -> tuple[Place, Asking]:  # fmt: skip
+    """Where is embedded, and what is wanted there."""
     if input_type not in (None, *get_args(InputType)):
         raise ValueError(f"input_type is one of {', '.join(get_args(InputType))}, or None")
     path = find(Path(config) if config else None, os.environ)
-    key = (api_key or os.environ.get("EMBEDGATE_API_KEY", "")) if base_url else ""
-    return Place(path and path.absolute(), base_url, key, Asking(model, dimensions, input_type))
+    asking, path = Asking(model or "", operator.index(dimensions or 0), input_type), path and path.absolute()
+    if not base_url:
+        return Place(path), asking
+    key = api_key or os.environ.get("EMBEDGATE_API_KEY", "")
+    return Place(path, server_url(base_url), key, asking.model), asking
+
+
+async def _opened(place: Place, asking: Asking) -> tuple[Home, Desk]:
+    """Raises ConfigurationError, EmbeddingError, and Away."""
+    home = await asyncio.to_thread(home_at, place)
+    return home, (await asyncio.wrap_future(home.ready)).asked(asking)
+
+
+async def _opened_in_time(place: Place, asking: Asking, timeout_s: float) -> tuple[Home, Desk]:
+    """Raises ConfigurationError and EmbeddingErrors."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _opened(place, asking)
+    except Away as away:
+        if away.throttles:
+            raise EmbeddingRateLimitError(str(away), away.retry_after_s or _QUOTA_S) from None
+        raise EmbeddingPoolExhausted(str(away)) from None
+    except TimeoutError:
+        text = f"The first call takes longer than {timeout_s:g} s. Ask again, or allow more time."
+        if place.base_url:
+            text = f"{place.base_url} has not answered in {timeout_s:g} s. See whether it runs, or allow more time."
+        raise EmbeddingPoolExhausted(text) from None
 
 
 def _several(texts: Iterable[str]) -> Iterator[str]:
@@ -132,20 +161,23 @@ def _strings(texts: Iterable[str], first: int = 0) -> list[str]:
 
 
 async def aembed_batch(
-    texts: Sequence[str], *, model: str = "", dimensions: int = 0, input_type: InputType | None = None,
-    config: str | os.PathLike[str] = "", base_url: str = "", api_key: str = "", timeout_s: float = TIMEOUT_S,
+    texts: Sequence[str], *, model: str | None = "", dimensions: int | None = 0, input_type: InputType | None = None,
+    config: str | os.PathLike[str] | None = "", base_url: str | None = "", api_key: str | None = "",
+    timeout_s: float | None = TIMEOUT_S,
 ) -> BatchResult:  # fmt: skip
     """Vectors of all `texts`, in order, and how they came; or an EmbeddingError for all of them.
 
-    `model` "" is the first that is configured, `dimensions` 0 its own width. Raises ConfigurationError, too.
+    `model` "" is the first that is configured, `dimensions` 0 its own width, None everywhere the default. Raises
+    ConfigurationError, too.
     """
-    texts, started_s = _strings(_several(texts)), time.perf_counter()
-    home = await asyncio.to_thread(home_at, _place(model, dimensions, input_type, config, base_url, api_key))
+    texts, began_s = _strings(_several(texts)), time.monotonic()
+    timeout_s = TIMEOUT_S if timeout_s is None else max(0.0, timeout_s)
+    place, asking = _meant(model, dimensions, input_type, config, base_url, api_key)
+    home, desk = await _opened_in_time(place, asking, timeout_s)
     result = None
     if texts:
-        result = await asyncio.wrap_future(home.submit(_asked(home, texts, timeout_s)))
-    latency_ms = 1000 * (time.perf_counter() - started_s)
-    return _told(home.width, result, latency_ms)
+        result = await asyncio.wrap_future(home.submit(_asked(home, desk, texts, began_s + timeout_s)))
+    return _told(desk.dimensions, result, 1000 * (time.monotonic() - began_s))
 
 
 async def aembed_texts(texts: Sequence[str], **how: Any) -> Vectors:
@@ -160,9 +192,9 @@ async def aembed_text(text: str, **how: Any) -> Vectors:
 
 
 async def agenerate_embeddings(
-    texts: Iterable[str], *, failed: str = "raise", on_progress: Callable[[int], None] | None = None, model: str = "",
-    dimensions: int = 0, input_type: InputType | None = None, config: str | os.PathLike[str] = "", base_url: str = "",
-    api_key: str = "",
+    texts: Iterable[str], *, failed: str = "raise", on_progress: Callable[[int], None] | None = None,
+    model: str | None = "", dimensions: int | None = 0, input_type: InputType | None = None,
+    config: str | os.PathLike[str] | None = "", base_url: str | None = "", api_key: str | None = "",
 ) -> Vectors:  # fmt: skip
     """The vectors of any number of texts, in order, through limits and outages; float32, shape (n, d).
 
@@ -171,14 +203,19 @@ async def agenerate_embeddings(
     """
     if failed not in {"raise", "nan"}:
         raise ValueError("failed is 'raise' or 'nan'")
-    home = await asyncio.to_thread(home_at, _place(model, dimensions, input_type, config, base_url, api_key))
-    rows = await _all(home, texts, on_progress)
-    lost = [row for row, data in enumerate(rows) if data is None]
+    place, asking = _meant(model, dimensions, input_type, config, base_url, api_key)
+    patience_s = (await asyncio.to_thread(home_at, place)).patience_s
+    try:
+        home, desk = await patiently(partial(_opened, place, asking), patience_s)
+    except Away as away:
+        raise EmbeddingError(f"{away}; nobody has answered for {patience_s:g} s: ask again") from None
+    rows = await _all(home, desk, texts, on_progress)
+    lost = {row: why for row, why in enumerate(rows) if isinstance(why, str)}
     if lost and failed == "raise":
-        shown = ", ".join(map(str, lost[:10])) + (", …" if len(lost) > 10 else "")
-        message = f"{len(lost)} of {len(rows)} texts cannot be embedded: rows {shown}. Leave them out, or failed='nan'."
-        raise EmbeddingGenerationError(message, lost)
-    return _stacked(home.width, rows)
+        message = f"{len(lost)} of {len(rows)} texts cannot be embedded: {_named([*lost])}. "
+        message += "Row {}: {} ".format(*next(iter(lost.items())))
+        raise EmbeddingGenerationError(f"{message}Leave them out, or failed='nan'.", [*lost])
+    return _stacked(desk.dimensions, rows)
 
 
 # ── without asyncio ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -223,75 +260,95 @@ def _now(work: Coroutine[Any, Any, _T]) -> _T:
 # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _asked(home: Home, texts: Sequence[str], timeout_s: float) -> EmbeddingResult:
+async def _asked(home: Home, desk: Desk, texts: Sequence[str], ends_s: float) -> EmbeddingResult:
     """On the loop of the home; says what is wrong in the caller's words."""
-    deadline = asyncio.get_running_loop().time() + timeout_s
     try:
-        return await home.embed(home.desk.asking.request(texts, deadline=deadline))
+        return await home.embed(desk, desk.asking.request(texts, deadline=ends_s))
     except RejectedInput as error:
         rows = [] if error.position is None else [error.position]
         raise EmbeddingGenerationError(f"{error} Leave that text out.", rows) from None
     except UnicodeEncodeError as error:
         rows = [row for row, text in enumerate(texts) if text == error.object]
-        raise EmbeddingGenerationError("Half a surrogate pair is no text. Leave that text out.", rows) from None
+        raise EmbeddingGenerationError(f"{_NO_TEXT} Leave that text out.", rows) from None
     except InvalidRequest as error:
-        hint = "(generate_embeddings takes any number of texts, and names those that are too long)"
-        raise EmbeddingGenerationError(f"{error} {hint}") from None
+        rows = await desk.too_long(texts)
+        hint = f"Leave out {_named(rows)}." if rows else "(generate_embeddings takes any number of texts)"
+        raise EmbeddingGenerationError(f"{error} {hint}", rows) from None
     except UpstreamFailed as error:
-        raise EmbeddingGenerationError(
-            f"{error} Ask again; generate_embeddings does, for as long as it takes."
-        ) from None
+        who = f"{desk.unanswered()}: " if desk.unanswered() else ""
+        text = f"{who}{error} Ask again; generate_embeddings does, for as long as it takes."
+        raise EmbeddingGenerationError(text) from None
     except (TryAgainLater, DeadlineExceeded) as error:
-        if home.is_throttled:
-            message = f"The limit is reached. Ask again in {_QUOTA_S:.0f} s; generate_embeddings waits for its turn."
-            raise EmbeddingRateLimitError(message) from None
-        raise EmbeddingPoolExhausted(f"{error} Ask fewer texts at once, or allow more time.") from None
+        raise _not_now(desk, error) from None
     except EmbedgateError as error:
         raise EmbeddingGenerationError(str(error)) from None
 
 
+def _not_now(desk: Desk, error: EmbedgateError) -> EmbeddingError:
+    """Why a call has waited in vain."""
+    if (wait_s := desk.limited_s()) is not None:
+        text = f"The limit is reached. Ask again in {wait_s:.0f} s; generate_embeddings waits for its turn."
+        return EmbeddingRateLimitError(text, wait_s)
+    if who := desk.unanswered():
+        text = "See whether it runs, or allow more time; generate_embeddings waits for it."
+        return EmbeddingPoolExhausted(f"{who} has not answered in time. {text}")
+    return EmbeddingPoolExhausted(f"{error} Ask fewer texts at once, or allow more time.")
+
+
 async def _all(
-    home: Home, texts: Iterable[str], on_progress: Callable[[int], None] | None
-) -> list[bytes | None]:  # fmt: skip
-    """A vector for each text, or None; `_AT_ONCE` requests at a time. What is the caller's is used on their loop."""
-    patient = Patient(home.embed, attempts=2, rng=random.Random())  # noqa: S311 — jitter
-    patience_s = home.desk.runtime.settings.embed.give_up_after_s
-    rows: list[bytes | None] = []
+    home: Home, desk: Desk, texts: Iterable[str], on_progress: Callable[[int], None] | None
+) -> list[bytes | str]:  # fmt: skip
+    """A vector for each text, or why not; `_AT_ONCE` requests at a time. What is the caller's is used on their loop."""
+    patient = Patient(partial(home.embed, desk), attempts=2, rng=random.Random())  # noqa: S311 — jitter
+    rows: list[bytes | str] = []
     given, taken = _several(texts), 0
-    under_way: deque[asyncio.Future[list[bytes | None]]] = deque()
+    under_way: deque[asyncio.Future[list[bytes | str]]] = deque()
     try:
         while True:
             while len(under_way) < _AT_ONCE and (chunk := _strings(islice(given, _BATCH_TEXTS), taken)):
                 taken += len(chunk)
-                under_way.append(asyncio.wrap_future(home.submit(_each(home, patient, chunk))))
+                under_way.append(asyncio.wrap_future(home.submit(_each(desk, patient, chunk))))
             if not under_way:
                 return rows
-            async with asyncio.timeout(patience_s):
-                rows += await under_way[0]
+            rows += await _in_time(under_way[0], home.patience_s, len(rows))
             under_way.popleft()
             if on_progress is not None:
                 on_progress(len(rows))
-    except TimeoutError:
-        message = f"nobody has embedded row {len(rows)} for {patience_s:g} s; what is done is in the cache: ask again"
-        raise EmbeddingError(message) from None
     finally:
         for each in under_way:
             each.cancel()
         await asyncio.gather(*under_way, return_exceptions=True)
 
 
-async def _each(home: Home, patient: Patient, texts: Sequence[str]) -> list[bytes | None]:
-    """On the loop of the home: together, or where that is not to be had one by one."""
+async def _in_time(chunk: asyncio.Future[list[bytes | str]], patience_s: float, row: int) -> list[bytes | str]:
+    """What it brings for this row and the next ones; an EmbeddingError if that takes too long."""
     try:
-        result = await patient.ask(home.desk.asking.request(texts, deadline=math.inf))
-    except UnicodeEncodeError:  # half a surrogate pair
-        result = None
-    if isinstance(result, EmbeddingResult):
-        return [*result.vectors]
-    if len(texts) == 1:
-        return [None]
-    alone = await asyncio.gather(*(_each(home, patient, [text]) for text in texts))
-    return [row for rows in alone for row in rows]
+        async with asyncio.timeout(patience_s):
+            return await chunk
+    except TimeoutError:
+        message = f"nobody has embedded row {row} for {patience_s:g} s; what is done is in the cache: ask again"
+        raise EmbeddingError(message) from None
+
+
+async def _each(desk: Desk, patient: Patient, texts: Sequence[str]) -> list[bytes | str]:
+    """On the loop of the home: the vector of each, or why there is none."""
+    whole = [text for text in texts if _is_text(text)]
+    brought = iter((await embed_each(patient, desk.asking.request, whole, {}))[0] if whole else [])
+    rows = [next(brought) if _is_text(text) else _NO_TEXT for text in texts]
+    return [reason_of(row) if isinstance(row, EmbedgateError) else row for row in rows]
+
+
+def _is_text(text: str) -> bool:
+    """Whether it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _named(rows: Sequence[int]) -> str:
+    return ("rows " if len(rows) > 1 else "row ") + ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
 
 
 def _told(width: int, result: EmbeddingResult | None, latency_ms: float) -> BatchResult:
@@ -302,9 +359,9 @@ def _told(width: int, result: EmbeddingResult | None, latency_ms: float) -> Batc
     return BatchResult(_stacked(width, result.vectors), result.calls, result.retries, latency_ms, usage)
 
 
-def _stacked(width: int, rows: Sequence[bytes | None]) -> Vectors:
+def _stacked(width: int, rows: Sequence[bytes | str]) -> Vectors:
     stacked = np.full((len(rows), width), np.nan, np.float32)
     for row, data in zip(stacked, rows, strict=True):
-        if data is not None:
+        if isinstance(data, bytes):
             row[:] = np.frombuffer(data, "<f4")
     return stacked

@@ -1,32 +1,63 @@
 """Hides how texts are embedded without a server: which model, how fast, or by a running embedgate instead."""
 
+import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+import random
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 import httpx
 import msgspec
 
 from app.domain import ANONYMOUS, EmbeddingRequest, InputType, Priority
+from app.engine.gate import Gate
 from app.engine.intake import Plan
-from app.errors import BadCredential, ConfigurationError, EmbedgateError, Misconfigured, ProviderError, QuotaExhausted
+from app.errors import (
+    BadCredential,
+    ConfigurationError,
+    EmbedgateError,
+    Misconfigured,
+    ProviderError,
+    QuotaExhausted,
+    Throttled,
+    TryAgainLater,
+)
+from app.jobs.patience import Cooldown
 from app.providers.cards import ModelCard
+from app.providers.dialect import Target
 from app.providers.embedgate import About
+from app.providers.openai import OpenAI
+from app.providers.refusals import Answer, retry_after_s
 from app.runtime import Runtime
-from app.settings import ModelSettings, RemoteDeployment, Settings
+from app.settings import ModelSettings, RemoteDeployment, Settings, server_url
 from app.storage.level import LevelDown
+from app.tokens import TooManyTokens, count_many
+
+_T = TypeVar("_T")
 
 _PROBE_S = 60.0
-_FOR_NOW: Final = frozenset({429, 502, 503, 504})
+_FOR_NOW: Final = frozenset({502, 503, 504})
+_SERVER: Final = "server"
 _CACHE_BYTES: Final = 8 * 2**20
 _TO_MEND: Final = {"credential": "does not accept the key", "quota": "has no credit left"}
 _WRONG: Final[Mapping[type[ProviderError], str]] = {
     BadCredential: _TO_MEND["credential"], QuotaExhausted: _TO_MEND["quota"],
     Misconfigured: "does not know the model or the path",
 }  # fmt: skip
+
+
+class Away(TryAgainLater):
+    """A server cannot be asked for now; where it `throttles` its limit is reached. `retry_after_s` 0: it named none."""
+
+    def __init__(self, message: str, retry_after_s: float = 0.0, *, throttles: bool = False) -> None:
+        super().__init__(message, retry_after_s)
+        self.throttles = throttles
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +90,10 @@ class Desk:
     asking: Asking
     plan: Plan
 
+    def asked(self, asking: Asking) -> "Desk":
+        """The same for another wish. Raises ConfigurationError for what cannot be had."""
+        return _desk(self.runtime, replace(asking, server=self.asking.server))
+
     @property
     def dimensions(self) -> int:
         """How wide its vectors are."""
@@ -76,29 +111,42 @@ class Desk:
             raise ConfigurationError(f"the model {model} has no vendor's batches: only OpenAI, Gemini and Voyage have")
         return True
 
-    def throttles(self) -> int:
-        """How often a provider has said 429."""
-        calls = [sample for each in self.runtime.telemetry.provider_seconds.collect() for sample in each.samples]
-        return sum(
-            int(sample.value)
-            for sample in calls
-            if sample.name.endswith("_count") and sample.labels["outcome"] == "Throttled"
-        )
+    async def too_long(self, texts: Sequence[str]) -> list[int]:
+        """The places of those that are longer than the model takes; none where that is not known."""
+        counter, space = self.runtime.menu.models[self.asking.model].counter, self.plan.space
+        if space.truncation != "none":
+            return []
+        counts = [
+            await count_many(counter, [space.prompt + text], most_each=space.max_input_tokens, most_total=sys.maxsize)
+            for text in texts
+        ]
+        return [place for place, count in enumerate(counts) if isinstance(count, TooManyTokens)]
+
+    def limited_s(self) -> float | None:
+        """How long until the first is to be asked again of those who said that a limit is reached; None: nobody did."""
+        cooling = [gate.rests_until for gate in self._gates() if gate.cooling]
+        return max(1.0, min(cooling) - time.monotonic()) if cooling else None
+
+    def unanswered(self) -> str:
+        """Who of those that are asked has failed or kept silent since it last answered, for people; "" where nobody."""
+        return ", ".join(self._called(gate) for gate in self._gates() if gate.breaker.is_unanswered)
 
     def complaint(self) -> str:
         """Why no provider is asked before somebody mends that; "" while one may be."""
         if full := self.runtime.stores.ledger.disk_full:
             return f"{self.runtime.settings.stores.data_dir}: {full}"
-        deployments, found = self.plan.route.deployments, []
-        for deployment in deployments:
-            for state, said in _TO_MEND.items():
-                labels = {"deployment": deployment.name, "state": state}
-                if self.runtime.telemetry.registry.get_sample_value("embedgate_breaker_state", labels):
-                    found.append(f"{self.asking.server or f'deployments.{deployment.name}'} {said}")
+        gates = self._gates()
+        found = [(gate, said) for gate in gates if (said := _TO_MEND.get(gate.breaker.state))]
         trouble = self.runtime.wholesale.trouble(self.asking.model)
         if trouble is not None and (words := _WRONG.get(type(trouble[1]))):
             return f"deployments.{trouble[0]} {words}"
-        return "; ".join(found) if len(found) == len(deployments) else ""
+        return "; ".join(f"{self._called(gate)} {said}" for gate, said in found) if len(found) == len(gates) else ""
+
+    def _gates(self) -> Sequence[Gate]:
+        return [self.runtime.gates[each.name] for each in self.plan.route.deployments]
+
+    def _called(self, gate: Gate) -> str:
+        return self.asking.server or f"deployments.{gate.name}"
 
 
 def passing(settings: Settings) -> Settings:
@@ -108,30 +156,78 @@ def passing(settings: Settings) -> Settings:
 
 
 @asynccontextmanager
-async def desk(settings: Settings, asking: Asking, *, server: str = "", api_key: str = "") -> AsyncIterator[Desk]:
+async def desk(
+    settings: Settings, asking: Asking, *, server: str = "", api_key: str = "",
+    waiting: Callable[[str], None] | None = None,
+) -> AsyncIterator[Desk]:  # fmt: skip
     """Everything that embeds, at the pace of `[embed]`; with a `server` it is asked, and nobody else.
 
-    Raises ConfigurationError for what cannot be had, in a line.
+    While the server is away it is waited for, as long as `[embed]` says, if somebody hears what is `waiting`. Raises
+    Away after that, and ConfigurationError for what cannot be had, in a line.
     """
     if server:
-        settings, asking = await _through(settings, asking, server, api_key)
-    model = asking.model or next(iter(settings.models))
-    if model not in settings.models:
-        raise ConfigurationError(f"the model {model} is not configured; there is {', '.join(settings.models)}")
-    asking = replace(asking, model=model, server=server)
+        server = server_url(server)
+        found = partial(offered, settings, asking.model, server, api_key)
+        settings = await (found() if waiting is None else patiently(found, settings.embed.give_up_after_s, waiting))
+    asking = replace(asking, server=server)
+    _understood(settings, asking)
     try:
-        async with Runtime(_quiet(_paced(settings, model)), serves=False) as runtime:
-            yield Desk(runtime, asking, runtime.gateway.plan(asking.request(["hello"])))
+        async with Runtime(_quiet(_paced(settings)), serves=False) as runtime:
+            yield _desk(runtime, asking)
     except LevelDown as error:
         raise ConfigurationError(f"the database cannot be reached: {error}") from error
     except EmbedgateError as error:
         raise ConfigurationError(str(error)) from error
 
 
-def _paced(settings: Settings, model: str) -> Settings:
-    """The deployments of this model as fast as `[embed]` allows."""
+async def patiently(
+    ask: Callable[[], Awaitable[_T]], patience_s: float, waiting: Callable[[str], None] = lambda why: None
+) -> _T:
+    """What it brings once whoever is asked is there again. Raises Away after so long; `waiting` hears why it waits."""
+    until_s, cooldown = time.monotonic() + patience_s, Cooldown(random.Random())  # noqa: S311 — jitter
+    while True:
+        try:
+            return await ask()
+        except Away as away:
+            now = time.monotonic()
+            if now >= until_s:
+                raise
+            cooldown.refused(now, away.retry_after_s)
+            waiting(str(away))
+            await asyncio.sleep(min(cooldown.left_s(now), until_s - now))
+
+
+def _desk(runtime: Runtime, asking: Asking) -> Desk:
+    """For this wish; ConfigurationError for what cannot be had."""
+    asking = _understood(runtime.settings, asking)
+    try:
+        return Desk(runtime, asking, runtime.gateway.plan(asking.request(["hello"])))
+    except EmbedgateError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def known(settings: Settings, model: str) -> str:
+    """The name of a model that there is, "" means the first. Raises ConfigurationError."""
+    if model and model not in settings.models:
+        raise ConfigurationError(f"the model {model} is not configured; there is {', '.join(settings.models)}")
+    return model or next(iter(settings.models))
+
+
+def _understood(settings: Settings, asking: Asking) -> Asking:
+    """With the name of a model that there is, and no input type where nobody can be told one, or ConfigurationError."""
+    model = known(settings, asking.model)
+    if asking.input_type and asking.server and settings.deployments[_SERVER].dialect != "embedgate":
+        if asking.insists:
+            why = "it is as the model there has it configured"
+            raise ConfigurationError(f"input_type cannot be told to a server that is no embedgate: {why}")
+        asking = replace(asking, input_type=None)
+    return replace(asking, model=model)
+
+
+def _paced(settings: Settings) -> Settings:
+    """All deployments as fast as `[embed]` allows."""
     wanted, deployments = settings.embed, dict(settings.deployments)
-    for name in settings.models[model].deployments:
+    for name in deployments:
         changes: dict[str, Any] = {
             "attempts": wanted.attempts, "backoff_base_s": wanted.backoff_base_s,
             "backoff_cap_s": wanted.backoff_cap_s,
@@ -176,30 +272,35 @@ class _Model(msgspec.Struct):
 _models = msgspec.json.Decoder(_Model)
 
 
-async def _through(settings: Settings, asking: Asking, server: str, api_key: str) -> tuple[Settings, Asking]:
-    """A route of one deployment, which is the server, and what can be asked of it.
+async def offered(settings: Settings, model: str, server: str, api_key: str, *, buys: bool = True) -> Settings:
+    """The configuration with one model and one deployment, which is the server.
 
-    An embedgate tells of its model, elsewhere one text shows it.
+    An embedgate tells of its model, elsewhere one text shows it, if it may be bought. Raises ConfigurationError for
+    what cannot be had, and Away while that is not known.
     """
-    if not asking.model:
+    if not model:
         raise ConfigurationError("name the model that the server shall embed with")
-    base_url = f"{server.rstrip('/').removesuffix('/v1')}/v1"
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise ConfigurationError("the API key has characters that HTTP cannot carry")
+    server = server_url(server)
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        async with httpx.AsyncClient(headers=headers, timeout=_PROBE_S) as client:
-            about = await _about(client, base_url, asking.model)
-            width = await _tried(client, base_url, asking) if about is None else None
+        async with httpx.AsyncClient(base_url=f"{server}/v1/", headers=headers, timeout=_PROBE_S) as client:
+            answer = _heard(await client.get(f"models/{quote(model, safe='')}"))
+            about = _about(answer)
+            if about is None and not buys:
+                raise ValueError(f"it does not tell what that costs ({_complaint(answer)})")
+            width = await _tried(client, model) if about is None else None
+    except httpx.TransportError as error:
+        raise Away(f"{server} cannot be asked: {str(error) or type(error).__name__}") from error
+    except Away as away:
+        raise Away(f"{server} cannot be asked: {away}", away.retry_after_s, throttles=away.throttles) from None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise ConfigurationError(f"{server} cannot be asked: {error or type(error).__name__}") from error
-    if about is None and not asking.insists:
-        asking = replace(asking, input_type=None)
-    if about is None and asking.input_type is not None:
-        why = "it is as the model there has it configured"
-        raise ConfigurationError(f"input_type cannot be told to a server that is no embedgate: {why}")
-    deployment = _deployment(about, base_url, api_key or "none", asking.model)
-    served = {"deployments": ["server"], "dimensions": width, "canary_interval_s": 0}
-    route = {"deployments": {"server": deployment}, "models": {asking.model: ModelSettings.model_validate(served)}}
-    return settings.model_copy(update={**route, "tenants": {}}), asking
+        raise ConfigurationError(f"{server} cannot be asked: {str(error) or type(error).__name__}") from error
+    deployment = _deployment(about, f"{server}/v1", api_key or "none", model)
+    served = {"deployments": [_SERVER], "dimensions": width, "canary_interval_s": 0}
+    route = {"deployments": {_SERVER: deployment}, "models": {model: ModelSettings.model_validate(served)}}
+    return settings.model_copy(update={**route, "tenants": {}})
 
 
 def _deployment(about: About | None, base_url: str, api_key: str, model: str) -> RemoteDeployment:
@@ -211,25 +312,31 @@ def _deployment(about: About | None, base_url: str, api_key: str, model: str) ->
     return _Told.model_validate({"dialect": "embedgate", **at, **named})
 
 
-async def _about(client: httpx.AsyncClient, base_url: str, model: str) -> About | None:
-    """What an embedgate tells of the model; None: nobody does. Raises ValueError where it cannot for now."""
-    answer = await client.get(f"{base_url}/models/{quote(model, safe='')}")
-    if answer.status_code in _FOR_NOW:
-        raise ValueError(_complaint(answer))
+def _about(answer: httpx.Response) -> About | None:
+    """What an embedgate tells of a model; None: it is none, or does not."""
     try:
         return _models.decode(answer.content).embedgate if answer.is_success else None
     except msgspec.DecodeError:
         return None
 
 
-async def _tried(client: httpx.AsyncClient, base_url: str, asking: Asking) -> int:
-    """How wide the vector of one text is. Raises ValueError with what the server says instead."""
-    body: dict[str, Any] = {"model": asking.model, "input": "hello"}
-    body |= {"dimensions": asking.dimensions} if asking.dimensions else {}
-    answer = await client.post(f"{base_url}/embeddings", json=body)
+async def _tried(client: httpx.AsyncClient, model: str) -> int:
+    """How wide the vector of one text is. Raises Away, and ValueError with what the server says instead."""
+    answer = _heard(await client.post("embeddings", json={"model": model, "input": "hello"}))
     if not (width := _width(answer.json())):
         raise ValueError(_complaint(answer))
     return width
+
+
+def _heard(answer: httpx.Response) -> httpx.Response:
+    """The same, unless it says that it is none for now: then it raises Away."""
+    told = Answer(answer.status_code, answer.headers, bytearray(answer.content))
+    refusal = None if answer.is_success else OpenAI(Target("")).refusal(told)
+    if isinstance(refusal, Throttled):
+        raise Away(_complaint(answer), refusal.retry_after_s or 0.0, throttles=True)
+    if answer.status_code in _FOR_NOW:
+        raise Away(_complaint(answer), retry_after_s(answer.headers) or 0.0)
+    return answer
 
 
 def _complaint(answer: httpx.Response) -> str:

@@ -59,6 +59,7 @@ class Runtime:
         self.telemetry: Telemetry
         self.stores: Stores
         self.directory: Directory
+        self.gates: Mapping[str, Gate]
         self.gateway: Gateway
         self.wholesale: Wholesale
         self.canary: Canary
@@ -80,7 +81,7 @@ class Runtime:
             self.menu = await asyncio.to_thread(Menu, self.settings)
             self.telemetry = self._telemetry(stack)
             self.stores = await stack.enter_async_context(Stores(self.settings, self.telemetry, serves=self._serves))
-            gates = self._gates()
+            gates = self.gates = self._gates()
             for gate in gates.values():
                 stack.push_async_callback(gate.provider.aclose)
             bell = Bell()

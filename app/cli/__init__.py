@@ -146,7 +146,7 @@ def serve(
     settings = load(find(config, os.environ), os.environ, options=named)
     from app.api import server  # only now, so that --help and refusals come fast
 
-    run(lambda: server.serve(settings, lambda base_url: _announce(settings, base_url)))
+    run(lambda: server.serve(settings, lambda base_url: _announce(settings, base_url)), interrupted=0)
 
 
 @command.command(help=with_examples(_WORKER))
@@ -156,7 +156,8 @@ def worker(config: Config = None) -> None:
     from app.api import bulk  # only now: see `serve`
 
     served = ", ".join(settings.models)
-    run(lambda: bulk.work(settings, lambda: print(f"embedgate {__version__} works on jobs for {served}", flush=True)))
+    told = f"embedgate {__version__} works on jobs for {served}"
+    run(lambda: bulk.work(settings, lambda: print(told, flush=True)), interrupted=0)
 
 
 @command.command(help=with_examples(_CHECK))

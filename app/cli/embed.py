@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 from app import money
-from app.cli.running import Config, explained, run, span_s, with_examples
+from app.cli.running import Config, api_key, desk_at, explained, priced, run, span_s, with_examples
 from app.settings import Settings, find, json_lines, load, table
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ Or into the table news of the LanceDB database data, or a table of Postgres with
     embedgate embed train.csv --text description --out data/news.lance
     embedgate embed train.csv --text description --out 'postgresql://me@db.example.com/shop#articles'
 
-Look first what it costs with every model that is configured, before a cent is spent; try it with a thousand random
-rows, the same each time:
+Look first what it costs with every model that is configured (or --model, or that of a --server), before a cent is
+spent; try it with a thousand random rows, the same each time:
 
     embedgate embed train.csv --text description --dry-run
     embedgate embed train.csv --text description --out some.npy --limit 1000 --seed 7 --dimensions 256 --json
@@ -72,6 +72,7 @@ What it was made of stands in OUT.meta.json. Exit code 3: some rows have no vect
 """
 
 HELP = with_examples(_EMBED)
+_MOST = 2**63 - 1
 _LINE_ROWS = 1000
 _BATCH_ROWS, _LEAST_ROWS_AT_ONCE, _MOST_ROWS_AT_ONCE = 100, 256, 8192
 _WINDOWS = 3  # of what is in flight at most: who waits in the queue, and who waits to be written
@@ -96,8 +97,12 @@ def embed(  # noqa: PLR0913 — a command has its options
     input_type: Annotated[
         Literal["query", "document"] | None, typer.Option(help="For models that tell them apart.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Only so many rows; 0: all. The first, or random ones.")] = 0,
-    seed: Annotated[int | None, typer.Option(help="With --limit: random rows, the same for the same seed.")] = None,
+    limit: Annotated[
+        int, typer.Option(min=0, max=_MOST, help="Only so many rows; 0: all. The first, or random ones.")
+    ] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=_MOST, help="With --limit: random rows, the same for the same seed.")
+    ] = None,
     failed: Annotated[Literal["nan", "omit"], typer.Option(help="What becomes of rows without a vector.")] = "nan",
     force: Annotated[bool, typer.Option("--force", help="Do again what is there and is of something else.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try rows again that have no vector.")] = False,
@@ -143,13 +148,14 @@ def embed(  # noqa: PLR0913 — a command has its options
     )  # fmt: skip
     sharing = Sharing(part, join, on, workers, partitions, ray_address)
     opened = partial(
-        _opened, inputs, text=text, id=id_column or None, form=form or None, limit=limit or None, seed=seed
+        _opened, inputs, text=text, id=id_column or None, form=form or None, limit=limit or None, seed=seed, out=out
     )
     with explained(out):
+        _refuse_bytes(text=text, id=id_column, model=model, dataset=dataset, split=split, out=out)
         sharing.check(inputs, out, server=server, retry_failed=retry_failed)
         source, out = sharing.mine(opened(), out)
         if dry_run:
-            rows = _estimates(settings, source)
+            rows = _estimates(priced(settings, model, server), source)
             print(json_lines(rows) if as_json else table(rows))
             return
         facts = {"dataset": dataset or source.name, "split": split or None, "text": text, "id": id_column or None}
@@ -171,6 +177,15 @@ def _paced(settings: Settings, **options: Any) -> Settings:
 
     said = {name: value for name, value in options.items() if value is not None}
     return passing(settings.model_copy(update={"embed": settings.embed.model_copy(update=said)}))
+
+
+def _refuse_bytes(**options: str) -> None:
+    """Raises DataError for what a shell has passed on that is no text: it could be written nowhere."""
+    from app.corpus.rows import DataError
+
+    for name, said in options.items():
+        if said.encode(errors="ignore").decode() != said:
+            raise DataError(f"--{name} {said!r} is no UTF-8")
 
 
 def _placed(out: str) -> str:
@@ -206,9 +221,8 @@ def _opened(inputs: Sequence[str], **how: Any) -> "Source":
 
 async def _embedded(source: "Source", settings: Settings, given: "_Given") -> "Outcome":
     from app.corpus.run import run as run_dataset
-    from app.embed_desk import desk
 
-    async with desk(settings, given.asking, server=given.server, api_key=os.environ.get("EMBEDGATE_API_KEY", "")) as at:
+    async with desk_at(settings, given.asking, given.server) as at:
         with _Watch(source, quiet=given.quiet) as watch:
             return await run_dataset(
                 _wish(at, source, given), at.runtime.gateway, at.asking.request, watch, complaint=at.complaint,
@@ -222,10 +236,9 @@ def _shared(
     """By others, or by what they have left."""
     from app.cli.sharing import Task, by_ray, joined_from
 
-    key = os.environ.get("EMBEDGATE_API_KEY", "")
-
     def task(parts: str, count: int) -> Task:
-        return Task(opened, source.fingerprint, _embedded, given._replace(out=parts), count, settings.embed, key)
+        given_here = given._replace(out=parts)
+        return Task(opened, source.fingerprint, _embedded, given_here, count, settings.embed, api_key())
 
     with _Watch(source, quiet=given.quiet) as watch:
         if sharing.join:
@@ -236,9 +249,7 @@ def _shared(
 
 async def _wished(source: "Source", settings: Settings, given: "_Given") -> "Wish":
     """What is to be done, as the server has it; so a wrong key is told here, and not by all workers."""
-    from app.embed_desk import desk
-
-    async with desk(settings, given.asking, server=given.server, api_key=os.environ.get("EMBEDGATE_API_KEY", "")) as at:
+    async with desk_at(settings, given.asking, given.server) as at:
         return _wish(at, source, given)
 
 
@@ -350,7 +361,7 @@ def _report(outcome: "Outcome", out: str, *, as_json: bool) -> str:
 
 
 def _estimates(settings: Settings, source: "Source") -> list[dict[str, Any]]:
-    """A row for each model that is configured: tokens, dollars at both prices, minutes at its quota."""
+    """A row for each model of these: tokens, dollars at both prices, minutes at its quota."""
     from app.serving import Menu
 
     rows = []

@@ -1,7 +1,6 @@
 """Hides the commands about jobs: files handed to a running embedgate, watched, and fetched when they are done."""
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from app.cli.running import with_examples
+from app.cli.running import api_key, with_examples
 from app.domain import Tier
 from app.errors import ConfigurationError
-from app.settings import Row, json_lines, table
+from app.settings import Row, json_lines, server_url, table
 
 if TYPE_CHECKING:
     import httpx
@@ -264,14 +263,13 @@ def _client(server: str) -> "Iterator[httpx.Client]":
     """What goes wrong with the server is told in a line."""
     import httpx
 
-    key = os.environ.get("EMBEDGATE_API_KEY", "")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    base_url = server.removesuffix("/").removesuffix("/v1")
+    headers = {"authorization": f"Bearer {api_key()}"} if api_key() else {}
+    server = server_url(server)
     try:
-        with httpx.Client(base_url=base_url, headers=headers, timeout=60.0) as client:
+        with httpx.Client(base_url=server, headers=headers, timeout=60.0) as client:
             yield client
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ConfigurationError(f"{server} cannot be asked: {error or type(error).__name__}") from error
+        raise ConfigurationError(f"{server} cannot be asked: {str(error) or type(error).__name__}") from error
 
 
 def _asked(client: "httpx.Client", method: str, path: str, **more: Any) -> _Job:

@@ -1,17 +1,22 @@
 """Hides what every command does alike: where its configuration is, how its help is laid out, on what loop it runs."""
 
 import asyncio
+import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from app.errors import ConfigurationError
+from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.embed_desk import Asking, Desk
 
 _T = TypeVar("_T")
 
@@ -28,13 +33,18 @@ def with_examples(text: str) -> str:
     return text.replace("\n\n    ", "\n\n\b\n    ")
 
 
-def run(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-    """Runs `work` on the fastest loop there is; Ctrl-C ends the command without complaint."""
+def run(work: Callable[[], Coroutine[Any, Any, _T]], *, interrupted: int = 130) -> _T:
+    """Runs `work` on the fastest loop there is; Ctrl-C ends the command without complaint, `interrupted` says how."""
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(work())
     except KeyboardInterrupt:
-        raise typer.Exit from None
+        raise typer.Exit(interrupted) from None
+
+
+def api_key() -> str:
+    """What a running embedgate is asked with."""
+    return os.environ.get("EMBEDGATE_API_KEY", "")
 
 
 def span_s(text: str, option: str) -> int:
@@ -51,6 +61,34 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     except ImportError:
         return asyncio.new_event_loop
     return uvloop.new_event_loop
+
+
+@asynccontextmanager
+async def desk_at(settings: Settings, asking: "Asking", server: str) -> "AsyncIterator[Desk]":
+    """Where texts are embedded; for a server that is away it waits, and says so. Raises GaveUp if it stays away."""
+    from app.corpus.stream import GaveUp
+    from app.embed_desk import Away, desk
+
+    def waiting(why: str) -> None:
+        print(f"embedgate: {why}; it is waited for", file=sys.stderr, flush=True)
+
+    try:
+        async with desk(settings, asking, server=server, api_key=api_key(), waiting=waiting) as at:
+            yield at
+    except Away as away:
+        raise GaveUp(str(away)) from away
+
+
+def priced(settings: Settings, model: str, server: str) -> Settings:
+    """With the models whose price is to be told: all, the one that is named, or that of a server, which tells it."""
+    from app.embed_desk import Away, known, offered
+
+    if server:
+        try:
+            return run(lambda: offered(settings, model, server, api_key(), buys=False))
+        except Away as away:
+            raise ConfigurationError(str(away)) from away
+    return settings.model_copy(update={"models": {known(settings, model): settings.models[model]}} if model else {})
 
 
 @contextmanager

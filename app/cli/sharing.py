@@ -171,7 +171,7 @@ def _spread(sharing: Sharing, left: Sequence[int], task: Task, told: "Told") -> 
             for said in spread(left, task, workers=sharing.workers, address=address):
                 failed += [said] if said.why else []
     except KeyboardInterrupt:
-        raise typer.Exit from None
+        raise typer.Exit(130) from None
     if any(not said.gave_up for said in failed):
         raise _error("\n".join(_reasons(failed, task.count)))
     if failed:

@@ -78,6 +78,11 @@ class CircuitBreaker:
         """Why it is not closed; empty when it is."""
         return self._reason
 
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether calls have failed or brought nothing since one was answered, be it closed or not."""
+        return self._state != "closed" or self._failures_in_a_row > 0 or self._silence_s > 0.0
+
     def retry_in_s(self) -> float:
         """Seconds until `admit` could say yes; 0 when it could now."""
         return 0.0 if self._state == "closed" else max(0.0, self._until_s - self._clock())

@@ -45,7 +45,7 @@ class Gate:
     """One deployment's door, shared by all its spaces: slots, breaker, retry budget, batch sizes, how it counts tokens.
 
     `proven`: it has accepted a text since it last refused one. `cooling` counts its 429s since anything landed: until
-    then its calls go one by one.
+    then its calls go one by one. `rests_until` is when the last of these said that it may be asked again.
     """
 
     def __init__(self, deployment: Deployment, provider: Provider, breaker: CircuitBreaker, ratio: LearnedRatio | None):
@@ -58,6 +58,7 @@ class Gate:
         self.proven = False
         self.cooling = 0
         self._cooling_since = -math.inf
+        self.rests_until = -math.inf
         limits = deployment.limits
         self._ceiling = (
             BatchCeiling(limits.min_batch_tokens, limits.max_batch_tokens, limits.target_latency_s)
@@ -121,7 +122,9 @@ class Gate:
             self.cooling += 1
             self._cooling_since = now
         rest_s = min(policy.cooldown_s * 2.0 ** min(self.cooling - 1, 32), policy.cooldown_cap_s)
-        return max(rest_s, named_s or 0.0)
+        rest_s = max(rest_s, named_s or 0.0)
+        self.rests_until = max(self.rests_until, now + rest_s)
+        return rest_s
 
     def enter(self, priority: Priority, now: float) -> bool:
         """Takes a slot if `priority` may have one now."""

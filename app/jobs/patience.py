@@ -82,8 +82,8 @@ class Patient:
     async def ask(self, request: EmbeddingRequest, *basket: Basket) -> EmbeddingResult | EmbedgateError:
         """Its answer, however long that takes; or the error that no other try would mend.
 
-        What only has to wait is no try, nor is one while nobody is there for others, either: somebody is before the last
-        one and after it. Raises CancelledError once there is no money left.
+        What only has to wait is no try, nor is one while nobody is there for others, either: somebody is, before the
+        last one and after it. Raises CancelledError once there is no money left.
         """
         tries = 0
         while not self.broke:

@@ -12,7 +12,7 @@ from app.settings.description import describe
 from app.settings.grammar import ModelFacts, ModelSettings, ServerSettings, Settings, TenantSettings
 from app.settings.reading import find, load
 from app.settings.tables import Row, json_lines, table
-from app.settings.values import webhook_url
+from app.settings.values import server_url, webhook_url
 from app.settings.verdicts import verdict
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "json_lines",
     "load",
     "retirements",
+    "server_url",
     "table",
     "usd_per_million",
     "verdict",

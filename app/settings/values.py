@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from app import money
+from app.errors import ConfigurationError
 
 
 class Section(BaseModel):
@@ -98,6 +99,14 @@ def _base_url(url: str) -> str:
     if parts.path.rstrip("/").endswith("/embeddings"):
         raise ValueError("must end before /embeddings, which is added to it")
     return url.rstrip("/")
+
+
+def server_url(url: str) -> str:
+    """Where an embedgate is to be found, without /v1. Raises ConfigurationError, which shows no password."""
+    try:
+        return _base_url(url).removesuffix("/v1").rstrip("/")
+    except ValueError as error:
+        raise ConfigurationError(f"{url.rpartition('@')[2]} cannot be asked: it {error}") from None
 
 
 def webhook_url(url: str) -> str:

@@ -238,7 +238,7 @@ async def test_who_waits_for_a_pipe_can_be_interrupted(tmp_path: Path) -> None:
         process.stdin.write(b"".join(b"text %d\n" % number for number in range(256)))
         await written(tmp_path, 256)
         process.send_signal(signal.SIGINT)
-        await process.wait()
+        assert await process.wait() == 130
         assert process.stderr is not None
         assert await process.stderr.read() == b""
 

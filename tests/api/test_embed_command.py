@@ -288,8 +288,8 @@ def touched(folder: Path) -> dict[str, tuple[int, int]]:
 CHANGES = {
     "model": (("--model", "other"), "model was tiny, now it is other"),
     "dimensions": (("--dimensions", "8"), "dimensions was 16, now it is 8"),
-    "rows": (("--limit", "20"), "rows was 50, now it is 20"),
-    "text": (("--text", "{id} {text}"), "the input has changed"),
+    "rows": (("--limit", "20"), "limit was not given, now it is 20; rows was 50, now it is 20"),
+    "text": (("--text", "{id} {text}"), "text was text, now it is {id} {text}"),
     "failed": (("--failed", "omit"), "failed was nan, now it is omit"),
     "input type": (("--input-type", "query"), "space was "),
 }
@@ -554,14 +554,51 @@ async def test_what_cannot_be_done_is_one_line(tmp_path: Path) -> None:
             ((here.path("broken.parquet"), "--out", here.path("out.npy")), ("broken.parquet",)),
             ((source, "--out", here.path("out.tar")), ("out.tar", ".npy, .parquet, .arrow or .jsonl")),
             ((source,), ("--out",)),
-            ((source, "--out", here.path("none/out.npy")), ("none/out.npy", "No such file or directory")),
+            ((source, "--out", here.path("none/out.npy")), ("none/out.npy: there is no folder",)),
             ((source, "--out", folder.rstrip("/")), (folder.rstrip("/"),)),
             ((source, "--out", here.path("out.npy"), "--model", "gpt"), ("gpt is not configured", "tiny, other")),
             ((source, "--out", here.path("out.npy"), "--seed", "7"), ("give a limit",)),
+            ((source, "--out", source), ("in.csv is the output: name another",)),
+            *(
+                ((source, "--out", here.path("out.npy"), option, "\udcff"), (f"{option} ", "is no UTF-8"))
+                for option in ("--text", "--id", "--dataset", "--split", "--model")
+            ),
+            ((source, "--out", here.path("out\udcff.npy")), ("--out ", "is no UTF-8")),
         ]
         for arguments, told in failures:
             one_line(await here.embed(*arguments), *told)
         assert (here.bought(), names(tmp_path, "out*")) == ([], [])
+
+
+@pytest.mark.parametrize("option", ["--limit", "--seed"])
+async def test_a_number_that_is_none_is_told(tmp_path: Path, option: str) -> None:
+    """Beyond 64 bits, or below nothing."""
+    async with site(tmp_path) as here:
+        wish = (here.write("in.csv", some(10)), "--out", here.path("out.npy"), "--limit", "5")
+        for number in (str(2**63), "-1"):
+            said = await here.embed(*wish, option, number)
+            assert (said.code, option in said.err, "Traceback" in said.err) == (2, True, False)
+
+
+async def test_what_was_made_is_not_read_again(tmp_path: Path) -> None:
+    """A glob that the output's own name matches finds what it has found before."""
+    async with site(tmp_path) as here:
+        (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": ""}\n')
+        wish = (here.path("*.jsonl"), "--out", here.path("out.jsonl"))
+        assert (await here.embed(*wish)).code == 3
+        said = await here.embed(*wish)
+        assert (said.code, "is there and fits: 2 rows" in said.out, here.bought()) == (3, True, ["one"])
+
+
+async def test_an_output_that_others_have_made_anew_is_bought_anew(tmp_path: Path) -> None:
+    """A wider one, say: it is no more than was asked for, and a line says so."""
+    async with site(tmp_path) as here:
+        wish = (here.write("in.csv", some(10)), "--out", here.path("out.npy"))
+        assert (await here.embed(*wish)).code == 0
+        np.save(tmp_path / "out.npy", np.ones((10, 100), np.float32))
+        one_line(await here.embed(*wish), "does not hold the 10 rows")
+        assert (await here.embed(*wish, "--force")).code == 0
+        same(here.path("out.npy"), some(10))
 
 
 @pytest.mark.parametrize("content", [b"no json", b"{}", b'{"version": 99, "subject": {}, "started_at": ""}', b""])
@@ -620,6 +657,4 @@ async def test_a_running_embedgate_can_be_asked(tmp_path: Path) -> None:
         for key, told in (("wrong", "Incorrect API key"), ("", "API key"), (ADA_KEY, "does not exist")):
             said = await command(*wish, "--model", SMALL, environ=environ | {"EMBEDGATE_API_KEY": key})
             one_line(said, told)
-        nobody = (source, "--out", here.path("none.npy"), "--server", "http://127.0.0.1:9", "--model", SMALL)
-        one_line(await command(*nobody, environ=environ), "http://127.0.0.1:9 cannot be asked")
         assert names(tmp_path, "none*") == []

@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pytest
 
 from tests.api.conftest import ADA, KEY, SMALL, TENANTS, Edge, running, serving
@@ -126,8 +125,6 @@ async def test_a_server_that_is_no_embedgate_shows_its_model_by_one_text(tmp_pat
 @pytest.mark.parametrize(
     ("status", "body", "told"),
     [
-        ("503 Away", b"<html>", "HTTP 503"),
-        ("429 Slow", orjson.dumps({"error": {"message": "Slow down."}}), "Slow down."),
         ("200 OK", b"<html>", "cannot be asked"),
         ("200 OK", b'{"embedgate": {"space": "with a blank"}}', "HTTP 200"),
         ("200 OK", b"[]", "HTTP 200"),

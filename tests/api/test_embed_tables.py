@@ -166,6 +166,24 @@ async def test_a_table_that_is_gone_is_noticed(tmp_path: Path, table: Table) -> 
         assert sorted(here.bought()) == sorted(texts)
 
 
+async def test_a_table_of_others_is_told_once_and_for_all(tmp_path: Path, table: Table) -> None:
+    """Nobody is told to try --force, which leaves it alone, too."""
+    async with site(tmp_path) as here:
+        wish = (here.write("in.csv", some(3)), "--out", table.out)
+        assert (await here.embed(*wish)).code == 0
+        if table.name == table.out:
+            await table.drop()
+            lancedb.connect(str(tmp_path)).create_table("news", [{"text": "theirs"}])
+        else:
+            await sql(table.out.partition("#")[0], "COMMENT ON TABLE articles IS 'theirs'")
+        here.bought()
+        for more in ((), ("--force",)):
+            said = await here.embed(*wish, *more)
+            one_line(said, f"{table.name} is there, and was not made by embedgate")
+            assert "--force" not in said.err
+        assert here.bought() == []
+
+
 async def test_a_password_is_shown_nowhere(tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in what is said, however a run ends, nor in a file's name or words."""
     monkeypatch.chdir(tmp_path)

@@ -125,7 +125,7 @@ WRONG = {
     ("--workers", "2"): "belong to --on ray",
     ("--on", "ray"): "--on ray needs --server",
     ("--on", "ray", "--server", "http://127.0.0.1:9", "--retry-failed"): "without --on ray",
-    ("--on", "ray", "--server", "http://127.0.0.1:9", "--model", "tiny"): "cannot be asked",
+    ("--on", "ray", "--server", "127.0.0.1:9", "--model", "tiny"): "cannot be asked",
 }
 
 

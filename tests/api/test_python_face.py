@@ -102,6 +102,39 @@ async def test_input_type_gives_the_models_prompt(tmp_path: Path) -> None:
             await client.aembed_texts(["a"], input_type="question", config=config)
 
 
+async def test_one_home_serves_every_wish(tmp_path: Path) -> None:
+    """Each width and input type at once, in process and at a server: each its own, by one engine with its quotas."""
+    prompt = 'query_prompt = "query: "'
+    typed = f'[models.mine]\ndeployments = ["main"]\n{prompt}\n{TENANTS}'
+    pairs = [(width, kind) for width in (0, 8, 64) for kind in (None, "query")]
+    wishes: list[dict[str, Any]] = [{"dimensions": width, "input_type": kind} for width, kind in pairs]
+    async with running(tmp_path, tenants=typed) as edge, OpenAIEmulator(api_key=KEY) as plain:
+        local = {"config": written(tmp_path, edge.upstream.base_url, model=prompt)}
+        (tmp_path / "there").mkdir()
+        there = {"config": written(tmp_path / "there", "http://x.test"), "api_key": KEY}
+        for how in (local, {**there, "base_url": edge.url, "model": "mine"}):
+            found = await asyncio.gather(*(client.aembed_texts(["a", "b"], **wish, **how) for wish in wishes))
+            for wish, vectors in zip(wishes, found, strict=True):
+                texts = ["query: a", "query: b"] if wish["input_type"] else ["a", "b"]
+                assert same(vectors, texts, wish["dimensions"] or 1536)
+        for width in (1536, 8, 64):
+            how = {**there, "base_url": plain.base_url, "model": SMALL}
+            assert same(await client.aembed_texts(["a"], dimensions=width, **how), ["a"], width)
+        assert plain.bill.items == 2  # to see what it has, and what was wanted
+        assert [thread.name for thread in threading.enumerate()].count("embedgate") == 3
+
+
+async def test_none_is_the_default_of_everything(tmp_path: Path) -> None:
+    """As programs pass on what they were not given."""
+    nothing: dict[str, Any] = {"model": None, "dimensions": None, "input_type": None, "base_url": None, "api_key": None}
+    async with OpenAIEmulator() as upstream:
+        config = written(tmp_path, upstream.base_url)
+        assert same(await client.aembed_texts(["a"], config=config, timeout_s=None, **nothing), ["a"])
+        assert same(await client.agenerate_embeddings(["a"], config=config, **nothing), ["a"])
+        with pytest.raises(TypeError):
+            await client.aembed_texts(["a"], config=config, dimensions="64")
+
+
 async def test_any_number_of_texts_from_what_belongs_to_the_callers_thread(tmp_path: Path) -> None:
     """5,000 rows of a cursor, which only its own thread may read: all in order, progress told there until all are."""
     texts = [f"row {number}" for number in range(5000)]
@@ -234,8 +267,15 @@ async def test_a_text_that_is_none_is_a_type_error_that_says_where(tmp_path: Pat
                 await ask("abc", config=config)
 
 
-@pytest.mark.parametrize("bad", ["poison", "\ud83d", "word " * 9000])
-async def test_texts_that_nobody_embeds_are_named_and_bought_around(tmp_path: Path, bad: str) -> None:
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ("poison", "The provider rejected this input"),
+        ("\ud83d", "Half a surrogate pair is no text"),
+        ("word " * 9000, "This model's maximum context length is 8192 tokens"),
+    ],
+)
+async def test_texts_that_nobody_embeds_are_named_and_bought_around(tmp_path: Path, bad: str, why: str) -> None:
     """A refused text, half a surrogate pair, one that is too long: all rows are named, or are NaN; others are exact."""
     texts = [f"text {number}" for number in range(300)]
     texts[7] = texts[205] = bad
@@ -244,7 +284,7 @@ async def test_texts_that_nobody_embeds_are_named_and_bought_around(tmp_path: Pa
         upstream.poison.add("poison")
         config = written(tmp_path, upstream.base_url)
         with pytest.raises(
-            client.EmbeddingGenerationError, match="2 of 300 texts cannot be embedded: rows 7, 205"
+            client.EmbeddingGenerationError, match=rf"2 of 300 texts cannot be embedded: rows 7, 205\. Row 7: {why}"
         ) as told:
             await client.agenerate_embeddings(texts, config=config)
         assert told.value.rows == (7, 205)
@@ -263,7 +303,7 @@ async def test_texts_that_nobody_embeds_are_named_and_bought_around(tmp_path: Pa
     [
         ("poison", (2,), "The provider rejected this input. Leave that text out."),
         ("\ud83d", (2,), "Half a surrogate pair is no text. Leave that text out."),
-        ("word " * 9000, (), "maximum context length is 8192.*generate_embeddings"),
+        ("word " * 9000, (2,), "maximum context length is 8192.* Leave out row 2"),
     ],
 )
 async def test_a_batch_names_the_text_that_is_to_blame(
@@ -284,6 +324,7 @@ async def test_no_time_no_place_and_no_provider_are_told_apart(tmp_path: Path) -
     """A slow provider, a full queue: EmbeddingPoolExhausted; one that fails: EmbeddingGenerationError, or no end."""
     async with OpenAIEmulator(latency_s=0.5) as upstream:
         config = written(tmp_path, upstream.base_url, queue=5)
+        await client.aembed_texts([], config=config)  # the first call takes longer
         with pytest.raises(client.EmbeddingPoolExhausted, match="Ask fewer texts at once, or allow more time"):
             await client.aembed_texts(["a"], timeout_s=0.2, config=config)
         crowd = [client.aembed_texts([f"{n} {m}" for m in range(5)], timeout_s=10.0, config=config) for n in range(8)]
@@ -296,7 +337,8 @@ async def test_no_time_no_place_and_no_provider_are_told_apart(tmp_path: Path) -
         (tmp_path / "other").mkdir()
         config = written(tmp_path / "other", upstream.base_url, patience_s=0.5)
         upstream.inject(faults.status(500))
-        with pytest.raises(client.EmbeddingGenerationError, match=r"The upstream provider failed\. Ask again"):
+        failed = r"^deployments\.main: The upstream provider failed\. Ask again"
+        with pytest.raises(client.EmbeddingGenerationError, match=failed):
             await client.aembed_texts(["a"], config=config)
         with pytest.raises(client.EmbeddingError, match=r"nobody has embedded row 0 for 0\.5 s"):
             await client.agenerate_embeddings(["b"], config=config)
@@ -304,16 +346,36 @@ async def test_no_time_no_place_and_no_provider_are_told_apart(tmp_path: Path) -
 
 
 async def test_a_provider_that_says_429_is_a_limit(tmp_path: Path) -> None:
-    """EmbeddingRateLimitError says when to ask again, also when nobody was asked in vain; then it passes."""
+    """EmbeddingRateLimitError says when to ask again, as the provider did, also if nobody asked it; then it passes."""
     async with OpenAIEmulator() as upstream:
         config = written(tmp_path, upstream.base_url)
-        slow_down = faults.status(429, headers={"retry-after": "2"})
+        await client.aembed_texts([], config=config)  # the first call takes longer
+        slow_down = faults.status(429, headers={"retry-after": "3"})
         upstream.inject(slow_down, 1)
         for _ in range(2):
             with pytest.raises(client.EmbeddingRateLimitError, match="generate_embeddings waits") as told:
                 await client.aembed_texts(["a"], timeout_s=0.5, config=config)
-            assert pickle.loads(pickle.dumps(told.value)).retry_after_s == told.value.retry_after_s == 60.0
+            assert pickle.loads(pickle.dumps(told.value)).retry_after_s == told.value.retry_after_s
+            assert 1.0 <= told.value.retry_after_s <= 3.0
         assert same(await client.agenerate_embeddings(["a"], config=config), ["a"])
+
+
+async def test_the_callers_own_timeout_stays_theirs(tmp_path: Path) -> None:
+    """One that comes from their texts, or from where they are told of progress, is not an outage."""
+
+    def texts() -> Iterator[str]:
+        yield "a"
+        raise TimeoutError("mine")
+
+    def told(_: int) -> None:
+        raise TimeoutError("mine")
+
+    async with OpenAIEmulator() as upstream:
+        config = written(tmp_path, upstream.base_url)
+        with pytest.raises(TimeoutError, match=r"^mine$"):
+            await client.agenerate_embeddings(texts(), config=config)
+        with pytest.raises(TimeoutError, match=r"^mine$"):
+            await client.agenerate_embeddings(["a"], on_progress=told, config=config)
 
 
 @pytest.mark.parametrize("ask", [client.aembed_texts, client.agenerate_embeddings])
@@ -334,8 +396,7 @@ async def test_what_cannot_be_had_is_one_line(tmp_path: Path) -> None:
             ({"model": "nope"}, "the model nope is not configured; there is text-embedding-3-small"),
             ({"config": tmp_path / "none.toml"}, "none.toml: cannot be read"),
             ({"dimensions": 9999}, "'dimensions' = 9999. Must be less than or equal to 1536"),
-            ({"base_url": "http://127.0.0.1:9", "model": "m"}, "http://127.0.0.1:9 cannot be asked"),
-            ({"base_url": "nonsense", "model": "m"}, "nonsense cannot be asked"),
+            ({"base_url": "nonsense", "model": "m"}, "nonsense cannot be asked: it must be a URL"),
             ({"base_url": "http://127.0.0.1:9"}, "name the model"),
         ]
         for how, said in wrong:
