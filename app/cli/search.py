@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from app.cli.running import Config, run, with_examples
-from app.errors import ConfigurationError
+from app.cli.running import Config, api_key, run, with_examples
+from app.errors import ConfigurationError, TryAgainLater
 from app.settings import Settings, find, load
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ The question is embedded with the model that the index was made with; it must st
 """
 
 HELP = with_examples(_SEARCH)
+_INERT = {
+    **{code: 0x2400 + code for code in range(0x20) if code != ord("\t")},  # ␛ for ESC
+    **dict.fromkeys((*range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD),
+}
 
 
 def search(
@@ -60,19 +65,24 @@ def search(
     try:
         if not db.is_dir() or not query.strip():
             raise DataError(f"{db}: there is no such folder" if query.strip() else "the question is empty")
+        from app.corpus.tree.languages import LANGUAGES
         from app.corpus.tree.search import search as search_in
         from app.corpus.tree.tables import Only, Tables
 
+        only = Only(language.lower(), path)
+        if language and only.language not in LANGUAGES:
+            raise DataError(f"--language {language}: is not known, but {', '.join(LANGUAGES)}")
         tables = Tables(db)
         made = tables.open()
         if made is None:
             raise DataError(f"{db}: there is no index; embedgate index makes one")
         vector = None if mode == "text" else run(lambda: _vector(settings, made, db, query, server))
-        only = Only(language.lower(), path)
         hits = search_in(tables, query, vector, mode=mode, limit=limit, only=only, files=files)
-    except DataError as error:
+    except (DataError, TryAgainLater) as error:
         raise ConfigurationError(str(error)) from error
-    if as_json:
+    if not hits:
+        print("embedgate: nothing was found", file=sys.stderr)
+    elif as_json:
         for hit in hits:
             print(json.dumps(hit._asdict(), ensure_ascii=False))
     else:
@@ -86,7 +96,7 @@ async def _vector(settings: Settings, made: "Made", db: Path, query: str, server
     from app.errors import EmbedgateError
 
     asking = Asking(made.model, input_type="document", insists=False)
-    async with desk(settings, asking, server=server, api_key=os.environ.get("EMBEDGATE_API_KEY", "")) as at:
+    async with desk(settings, asking, server=server, api_key=api_key()) as at:
         if at.plan.space.id != made.space:
             told = f"{db}: was made with another {made.model} ({made.space}) than there is now ({at.plan.space.id})"
             raise DataError(f"{told}; embedgate index --force makes it anew")
@@ -110,11 +120,17 @@ def _show(hits: "Sequence[Hit]") -> None:
     console = Console(highlight=False, soft_wrap=True)
     for hit in hits:
         place = f"{hit.path}:{hit.start_line}-{hit.end_line}" if hit.start_line else hit.path
-        parts = ((place, "bold cyan"), (hit.symbol, "green"), (f"{hit.score:.3f}", "dim"))
+        parts = ((_shown(place), "bold cyan"), (_shown(hit.symbol), "green"), (f"{hit.score:.3f}", "dim"))
         console.print(Text("  ").join(Text(*part) for part in parts if part[0]))
         if console.is_terminal:
-            code = Syntax(hit.snippet, Syntax.guess_lexer(hit.path), line_numbers=True, start_line=hit.snippet_line)
+            snippet = "\n".join(map(_shown, hit.snippet.split("\n")))
+            code = Syntax(snippet, Syntax.guess_lexer(hit.path), line_numbers=True, start_line=hit.snippet_line)
             console.print(Padding(code, (0, 0, 1, 4)))
             continue
-        for number, line in enumerate(hit.snippet.splitlines(), hit.snippet_line):
-            print(f"{number:>8}  {line}")
+        for number, line in enumerate(hit.snippet.split("\n"), hit.snippet_line):
+            print(f"{number:>8}  {_shown(line)}")
+
+
+def _shown(text: str) -> str:
+    """Of one line, without anything that a terminal would obey, or that would end it."""
+    return text.translate(_INERT)

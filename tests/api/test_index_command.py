@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import shutil
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, redirect_stderr, redirect_stdout
@@ -14,6 +15,7 @@ import pytest
 
 from app.cli import main
 from app.corpus.tree.tables import locked
+from app.tokens import Cl100k
 from tests.api.conftest import KEY, SMALL, running
 from tests.api.test_embed_command import CONFIGURATION, MODELS, Said, one_line
 from tests.emulators import faults
@@ -66,6 +68,26 @@ func ResizePicture(photo Image, width int) Image {
 It will rain tomorrow in the mountains, and the wind blows from the west.
 """,
 }
+GUESSED = """
+[models.dense]
+deployments = ["guessed"]
+dimensions = 16
+max_input_tokens = 256
+[deployments.guessed]
+dialect = "openai"
+base_url = "{upstream}"
+api_key = "sk-emulator-key"
+model = "tiny"
+usd_per_million_tokens = 20
+[models.sure]
+deployments = ["sure"]
+[deployments.sure]
+dialect = "openai"
+base_url = "{upstream}"
+api_key = "sk-emulator-key"
+model = "text-embedding-3-small"
+"""
+"""A model whose tokens nobody can count, and one of whom everybody can."""
 QUESTIONS = {
     "How much does everything in my basket cost together?": "shop/cart.py",
     "What happens when the bank is unreachable while paying?": "shop/payment.py",
@@ -97,7 +119,7 @@ class Site:
         """What was found."""
         said = await self.search(*arguments, "--json")
         assert said.code == 0, said
-        return [json.loads(line) for line in said.out.splitlines()]
+        return [json.loads(line) for line in said.out.split("\n")[:-1]]
 
     async def command(self, *arguments: str, environ: dict[str, str] | None = None) -> Said:
         """To its end, with nothing that an earlier one could have remembered but files."""
@@ -186,8 +208,26 @@ async def test_a_place_is_shown_with_its_lines(tmp_path: Path) -> None:
         assert all(line in hit["snippet"] for line in (line[10:] for line in lines))
         paths = [hit["path"] for hit in await here.hits("the order", "--language", "Python", "--path", "shop/m*")]
         assert set(paths) == {"shop/mail.py"}
-        assert (await here.search("(((", "--mode", "text")).out == ""
         assert len(here.bought()) == 1
+        said = await here.search("(((", "--mode", "text", "--json")
+        assert (said.code, said.out, said.err) == (0, "", "embedgate: nothing was found\n")
+
+
+async def test_what_a_file_says_is_shown_and_not_obeyed(tmp_path: Path) -> None:
+    """Nothing of it moves a terminal, nor ends a line; programs get it as it is."""
+    async with site(tmp_path) as here:
+        text = "one\n\x1b]0;owned\x07 two\x0c\x85\u2028 \u202ethree\r four\n\tyellow\n"
+        here.write("a\n\x1b[2J.txt", text)
+        await here.index()
+        said = await here.search("yellow", "--mode", "text")
+        _, *lines = said.out.split("\n")
+        assert said.out.startswith("a␊␛[2J.txt:1-4  ")
+        assert lines == [
+            "       1  one", "       2  ␛]0;owned␇ two␌\ufffd\ufffd \ufffdthree", "       3   four",
+            "       4  \tyellow", "",
+        ]  # fmt: skip
+        [hit] = await here.hits("yellow", "--mode", "text")
+        assert (hit["path"], hit["snippet"]) == ("a\n\x1b[2J.txt", text.strip().replace("\r", "\n"))
 
 
 async def test_documents_and_questions_are_told_apart(tmp_path: Path) -> None:
@@ -260,6 +300,21 @@ async def test_what_it_would_cost_is_told_before_a_cent_is_spent(tmp_path: Path)
         assert told["chunks"] == tiny["chunks"]
 
 
+async def test_what_is_guessed_is_told_as_such(tmp_path: Path) -> None:
+    """About so many tokens, of chunks that the model takes even where code is dense."""
+    async with site(tmp_path) as here:
+        assert here.upstream is not None
+        with (tmp_path / "embedgate.toml").open("a") as config:
+            config.write(GUESSED.format(upstream=here.upstream.base_url))
+        numbers = "".join(f"    0x{number**7 % 2**32:08x}, 0x{number**9 % 2**32:08x},\n" for number in range(200))
+        here.write("shop/table.py", f"TABLE = [\n{numbers}]\n")
+        lines = (await here.command("index", here.path("tree"), "--dry-run")).out.splitlines()
+        assert {line.split()[0]: line.count("about ") for line in lines}.items() >= {"dense": 2, "sure": 0}.items()
+        assert (await here.index("--model", "dense")).code == 0
+        counter = Cl100k()
+        assert max(map(counter.count, here.bought())) <= 256
+
+
 # ── what fails ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -318,12 +373,44 @@ async def test_what_cannot_be_done_is_one_line(tmp_path: Path) -> None:
             (("search", none, "rain"), ("none: there is no such folder",)),
             (("search", here.path("empty"), "rain"), ("there is no index",)),
             (("search", index, " "), ("the question is empty",)),
+            (("index", tree, "--db", index, "--chunk-tokens", "1"), ("--chunk-tokens: must be at least 32, not 1",)),
+            (("index", tree, "--db", index, "--overlap-tokens", "-1"), ("--overlap-tokens: must be at least 0",)),
+            (("index", tree, "--db", index, "--max-file-size", "0"), ("--max-file-size: must be at least 1024",)),
+            (("index", tree, "--db", index, "--max-failed", "nan"), ("--max-failed: must be a finite number",)),
+            *(
+                (("search", here.path("empty"), "rain", "--path", each), (f"--path {each}: is no pattern",))
+                for each in "\\![#"
+            ),
+            (("search", here.path("empty"), "x", "--language", "golang"), ("--language golang: is not known", " go, ")),
         ]
         for arguments, told in failures:
             one_line(await here.command(*arguments), *told)
+        assert not (tmp_path / "index").exists()
         with locked(tmp_path / "index"):
             one_line(await here.index(), "another run is writing it")
         assert here.bought() == []
+
+
+async def test_a_part_of_a_tree_is_not_taken_for_it(tmp_path: Path) -> None:
+    """Another path into the same index would remove all the rest: a line with both, and nothing is touched."""
+    async with site(tmp_path) as here:
+        await here.index()
+        part = ("index", here.path("tree/shop/cart.py"), "--db", here.path("index"))
+        one_line(await here.command(*part), f"root was {here.path('tree')}, now it is {part[1]}", "--force")
+        assert len(await here.hits("rain", "--files")) == 6
+        assert (await here.command(*part, "--force")).code == 0
+        assert [hit["path"] for hit in await here.hits("rain", "--files")] == ["cart.py"]
+
+
+async def test_a_damaged_index_says_what_to_do(tmp_path: Path) -> None:
+    """To have it made anew, which works, whatever has gone of it."""
+    async with site(tmp_path) as here:
+        await here.index()
+        for part in ("_indices", "data", "_versions"):
+            shutil.rmtree(tmp_path / "index" / "chunks.lance" / part)
+            one_line(await here.search("rain"), "embedgate index --force makes it anew")
+            assert (await here.index("--force")).code == 0
+            assert len(await here.hits("rain", "--files")) == 6
 
 
 # ── by a running embedgate ──────────────────────────────────────────────────────────────────────────────────────────

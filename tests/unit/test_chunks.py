@@ -161,6 +161,10 @@ def test_no_word_is_lost(lines: list[str], language: str, chunk_tokens: int) -> 
         ("c", "0x12, 0x34, 0x56,\n" * 5_000),
         ("c++", "a<b<\n" * 10_000),
         ("markdown", "# a\n" * 20_000),
+        ("markdown", f"# a{' ' * 100_000}b\n"),
+        ("markdown", f"# a{'#' * 100_000}b\n"),
+        ("c", "/**/" * 100_000 + "\n" * 2_000 + "int f(void) {\n}\n"),
+        ("javascript", f'x = {{\n"{"a" * 100_000}": function() {{\n}}\n}}\n' + "\n" * 1_000),
         ("json", '{"a":\n' * 50_000),
     ],
 )

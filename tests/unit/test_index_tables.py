@@ -1,5 +1,6 @@
 """An index in its folder: what is written, replaced and removed, what is found again, and what it says of itself."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import lancedb
 import msgspec
 import pytest
 
-from app.corpus.rows import DataError
+from app.corpus.rows import DataError, Lost
 from app.corpus.tree import tables as module
 from app.corpus.tree.pieces import Chunk
 from app.corpus.tree.search import Mode, search
@@ -16,7 +17,7 @@ from app.corpus.tree.tables import Only, Tables, locked
 from tests.identity import identifying_vector
 
 WIDTH = 16
-MADE = Made("tiny", "s1-abc", WIDTH, 256, 32)
+MADE = Made("tiny", "s1-abc", WIDTH, 256, 32, "/tree")
 TEXTS = {
     "net/socket.py": ("connect", "def connect(address):\n    wait_for_the_handshake()\n    return Half.open"),
     "net/timer.py": ("Timer.tick", "def tick(self):\n    # it's the 'clock' that \"counts\"\n    self.clock += 1"),
@@ -180,18 +181,36 @@ def test_a_search_can_be_for_some_files_only(tables: Tables, only: dict[str, str
         assert sorted(found(tables, words, mode, **only)) == paths
         assert sorted(found(tables, words, mode, files=True, **only)) == paths
     assert sorted(found(tables, words, "text", **only)) == paths
-    with pytest.raises(DataError, match="no pattern"):
-        Only(paths="#").sql("path")
+
+
+PATTERNS = [
+    ("[[:alpha:]]*.md", ["docs/clocks.md"]), ("[z-a]*.py", []), ("[!a-r]*.py", ["net/socket.py", "net/timer.py"]),
+    ("net/[[&&]*", []), ("[--~]ocs", ["docs/clocks.md"]), ("t\\imer.py", ["net/timer.py"]),
+    ("*[[:punct:]]md", ["docs/clocks.md"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pattern", "paths"), PATTERNS, ids=str)
+def test_patterns_mean_the_same_everywhere(tables: Tables, pattern: str, paths: list[str]) -> None:
+    """Also with classes that other engines read otherwise."""
+    assert sorted(found(tables, "clock connect", paths=pattern)) == paths
+
+
+@pytest.mark.parametrize("pattern", ["#", "!", "\\", "[", " ", "/"])
+def test_what_is_no_pattern_is_told_before_anything_is_searched(pattern: str) -> None:
+    """In a line that says where it was given."""
+    with pytest.raises(DataError, match=f"--path {re.escape(pattern)}: is no pattern"):
+        Only(paths=pattern)
 
 
 def test_the_lines_that_say_most_are_shown(tables: Tables) -> None:
-    """With their own numbers; names are taken apart."""
-    lines = [f"line {number}" for number in range(60)]
+    """With their own numbers, whatever else than a line feed may end a line elsewhere; names are taken apart."""
+    lines = [f"line\f {number}\x85\u2028\v" for number in range(60)]
     lines[40:43] = ["def computeRetryDelay(self):", "    return self.BASE_DELAY", "    # retry, later"]
     tables.write(vectored(chunk("net/retry.py", text="\n".join(lines), line=100)))
     [hit, *_] = search(tables, "where is the retry delay computed", None, mode="text", limit=1, only=Only())
     assert (hit.path, hit.start_line, hit.end_line) == ("net/retry.py", 100, 159)
-    shown = dict(enumerate(hit.snippet.splitlines(), hit.snippet_line))
+    shown = dict(enumerate(hit.snippet.split("\n"), hit.snippet_line))
     assert {number: shown.get(number) for number in (140, 141, 142)} == dict(enumerate(lines[40:43], 140))
 
 
@@ -221,14 +240,19 @@ def test_much_is_indexed(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
-    """The second hears so in a line, and may come when the first has gone."""
+    """The second hears so in a line, and may come when the first has gone; who made nothing leaves nothing."""
     with locked(tmp_path / "new" / "index"):
         with pytest.raises(DataError, match="another run is writing"), locked(tmp_path / "new" / "index"):
             pass
+        (tmp_path / "link").symlink_to(tmp_path / "new")
+        with pytest.raises(DataError, match="another run is writing"), locked(tmp_path / "link" / "index"):
+            pass
+        (tmp_path / "link").unlink()
         with locked(tmp_path / "other"):
             pass
     with locked(tmp_path / "new" / "index"):
-        pass
+        (tmp_path / "new" / "index" / "table").touch()
+    assert {path.name for path in tmp_path.rglob("*")} == {"new", "index", "table"}
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"), locked(tmp_path / "file"):
         pass
@@ -244,6 +268,23 @@ def test_what_is_no_index_is_told(tables: Tables, tmp_path: Path) -> None:
         Tables(tmp_path / "other").open()
     for manifest in (tables.folder / "chunks.lance" / "_versions").iterdir():
         manifest.write_bytes(b"garbage")
-    with pytest.raises(DataError, match="the index cannot be read") as told:
+    with pytest.raises(Lost, match=r"the index cannot be read.*; if it is damaged, embedgate index --force") as told:
         Tables(tables.folder).open()
     assert "\n" not in str(told.value)
+    tables.begin(MADE)
+    assert Tables(tables.folder).open() == MADE
+
+
+@pytest.mark.parametrize("name", ["chunks", "files"])
+def test_a_table_of_somebody_else_is_none_of_ours(tables: Tables, tmp_path: Path, name: str) -> None:
+    """Even if it is there alone, or beside a damaged one; one of ours that is alone is what a death has left."""
+    [other] = {"chunks", "files"} - {name}
+    tables._db.drop_table(other)
+    assert Tables(tables.folder).open() is None
+    tables._db.drop_table(name)
+    tables._db.create_table(name, [{"id": 1}])
+    (tables.folder / f"{other}.lance" / "_versions").mkdir(parents=True)
+    (tables.folder / f"{other}.lance" / "_versions" / "1.manifest").write_bytes(b"garbage")
+    with pytest.raises(DataError, match="none of ours"):
+        Tables(tables.folder).open()
+    assert lancedb.connect(tables.folder).open_table(name).count_rows() == 1

@@ -3,11 +3,13 @@
 import asyncio
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -24,7 +26,7 @@ from tests.identity import identifying_vector, identifying_vectors
 
 MODEL, WIDTH = "tiny", 8
 MANNER = Manner(batch_rows=10, rows_at_once=40)
-MADE = Made(MODEL, "s1-tiny", WIDTH, 120, 0)
+MADE = Made(MODEL, "s1-tiny", WIDTH, 120, 0, root="/tree")
 
 
 @dataclass
@@ -223,12 +225,13 @@ async def test_a_part_that_has_gone_leaves_its_file(bench: Bench) -> None:
 
 
 async def test_an_index_is_of_one_kind(bench: Bench) -> None:
-    """Another model, space, width or cut is refused by what differs, and nothing is touched; unless it is made anew."""
+    """Another tree, model, space or cut is refused by what differs, and nothing is touched; unless it is made anew."""
     await bench.run()
     before = bench.content()
     bench.bought()
-    for name, now in (("space", "s1-other"), ("model", "large"), ("chunk_tokens", 64), ("overlap_tokens", 8)):
-        other = Made(**{**{each: getattr(MADE, each) for each in MADE.__struct_fields__}, name: now})
+    kinds = {"root": "/other", "space": "s1-other", "model": "large", "chunk_tokens": 64, "overlap_tokens": 8}
+    for name, now in kinds.items():
+        other = msgspec.structs.replace(MADE, **{name: now})
         with pytest.raises(DataError, match=f"{name} was {getattr(MADE, name)}, now it is {now}.*--force"):
             await bench.run(made=other)
     assert (bench.bought(), bench.content()) == ([], before)
@@ -236,21 +239,41 @@ async def test_an_index_is_of_one_kind(bench: Bench) -> None:
     assert bench.tables.open() == other
 
 
-async def test_nothing_to_index_removes_nothing(bench: Bench) -> None:
-    """A tree that is empty, or not there, is a mistake and no wish."""
+async def test_nothing_to_index_changes_nothing(bench: Bench) -> None:
+    """A tree that is empty, or not there, is a mistake and no wish, even where all was to be made anew."""
     await bench.run()
     before = bench.content()
     for file in (bench.folder / "tree").rglob("*.py"):
         file.unlink()
+    for anew in (False, True):
+        with pytest.raises(DataError, match="no file with words"):
+            await bench.run(anew=anew)
+        assert bench.content() == before
     with pytest.raises(DataError, match="no file with words"):
-        await bench.run()
-    assert bench.content() == before
+        await bench.run(tables=Tables(bench.folder / "new"))
+    assert not (bench.folder / "new" / "chunks.lance").exists()
+
+
+async def test_a_damaged_index_is_made_anew_only_if_that_is_wished(bench: Bench) -> None:
+    """Else a line says how; whatever of it is damaged."""
+    await bench.run()
+    before = bench.content()
+    for damaged in ("chunks.lance/_versions", "files.lance/data"):
+        shutil.rmtree(bench.folder / "index" / damaged)
+        with pytest.raises(DataError, match="if it is damaged, embedgate index --force makes it anew"):
+            await bench.run(tables=Tables(bench.folder / "index"))
+        await bench.run(tables=Tables(bench.folder / "index"), anew=True)
+        assert bench.content() == before
 
 
 async def test_an_index_in_its_tree_is_no_part_of_it(bench: Bench) -> None:
-    """Neither its tables nor what it lists, whatever its name has."""
+    """Neither its tables nor what it lists, whatever its name has, and even if the tree is its folder."""
     tables = Tables(bench.folder / "tree" / "my [index]!")
     bench.vendor.poison.add("f4x3_1")
+    for files in (20, 20):
+        assert (await bench.run(tables=tables)).changes.files == files
+    shutil.rmtree(tables.folder)
+    tables = Tables(bench.folder / "tree")
     for files in (20, 20):
         assert (await bench.run(tables=tables)).changes.files == files
     assert (tables.folder / FAILED).exists()

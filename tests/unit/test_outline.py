@@ -219,8 +219,13 @@ SAMPLES = {
           geometry_ = Geometry{.width = std::max(width, 1), .height = std::max(height, 1)};
           for (auto& child : children_) child->resized(geometry_, Reason::parent, Clock::now());
         }
+
+        template <typename T>
+        bool Pair<T>::operator<(const Pair& other) const {
+          return std::tie(first_, second_) < std::tie(other.first_, other.second_);
+        }
         """,
-        "shapes shapes.Box shapes.Box.area shapes.Box.operator== Window.resize",
+        "shapes shapes.Box shapes.Box.area shapes.Box.operator== Window.resize Pair.operator<",
     ),
     "c#": (
         """
@@ -305,7 +310,7 @@ SAMPLES = {
         # Guide
         This is about how to begin and how to go on, once you have begun, for those who have done neither so far.
 
-        ## Install
+        ## Install C# ##
         There is one command for it, which everybody has, so that there is nothing more to say about it in this place:
 
         ```
@@ -316,7 +321,7 @@ SAMPLES = {
         ---
         Once it is there, it runs for as long as you want it to, and says in its log what it has done so far for you.
         """,
-        "Guide|Guide > Install|Guide > Use",
+        "Guide|Guide > Install C#|Guide > Use",
     ),
     "restructuredtext": (
         """

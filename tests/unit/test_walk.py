@@ -1,6 +1,7 @@
 """Which files of a tree are read: what people have written, in order, as Git sees it, and nothing twice."""
 
 import os
+import time
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -27,6 +28,15 @@ def read(root: Path, *, include: tuple[str, ...] = (), exclude: tuple[str, ...] 
     """The paths of what was read."""
     found = walk(root, max_file_bytes=MOST_BYTES, include=include, exclude=exclude)
     return [each.path for each in found if isinstance(each, SourceFile)]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That of somebody who has told Git nothing."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    return home
 
 
 def only(root: Path) -> SourceFile | Skipped | Omitted:
@@ -80,6 +90,64 @@ def test_a_part_of_a_repository_is_walked_as_in_it(tmp_path: Path) -> None:
     assert read(tmp_path / "env" / "lib") == ["a.log", "a.py"]
 
 
+PATTERNS = [
+    ("\ufeff*.log", "a.log", "b"), ("a\x0cb", "a\x0cb", "b"), ("*.log\r\n*.tmp\r\n", "a.log", "a.logr"),
+    ("[[:digit:]]*", "7.py", "a7.py"), ("[![:alpha:]_]*", "7.py", "_7.py"), ("[[:lower:][:digit:]]x", "ax", "Ax"),
+    ("[[:strange:]]", "", "s"), ("[[:digit:]", "", "7"), ("[z-a]", "z", "a"), ("[+-9]", "5", "z"),
+    ("[[]]", "[]", "a"), ("[a\\]]", "]", "b"), ("x\t", "x\t", "x"), ("x  ", "x", "x "), ("x\\  ", "x ", "x"),
+    ("src/**/", "src/a/b", "src/c"), ("a[!b]c", "adc", "a/c"), ("\U000f0000[b]", "\U000f0000b", "b"),
+    ("*a*a*c", "babac", "bac"), ("a**?", "ab", "a"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("pattern", "ignored", "read_"), PATTERNS, ids=range(len(PATTERNS)))
+def test_patterns_mean_what_they_mean_to_git(tmp_path: Path, pattern: str, ignored: str, read_: str) -> None:
+    """Marks at the beginning, classes with names, blanks and what is escaped; without a warning."""
+    plant(tmp_path, {".gitignore": pattern, read_: "x"} | ({ignored: "x"} if ignored else {}))
+    assert set(read(tmp_path)) - {".gitignore"} == {read_}
+
+
+@pytest.mark.parametrize("pattern", ["*a" * 20 + "b", "*?" * 20 + "b", "*" * 40 + "b", "[" * 4000, "[a" * 100_000])
+def test_no_pattern_takes_long(tmp_path: Path, pattern: str) -> None:
+    """However many ways there are for a name to have its parts."""
+    plant(tmp_path, {".gitignore": pattern, "a" * 200: "x"})
+    start = time.process_time()
+    assert "a" * 200 in read(tmp_path)
+    assert time.process_time() - start < 1
+
+
+CONFIGURED = [
+    ({".config/git/ignore": "*.log"}, "", "*.log"),
+    ({".gitconfig": "[user]\n\tname = x\n[core]\n\tx = y\n\texcludesFile = ~/my # why\n", "my": "*.log"}, "", "*.log"),
+    ({".config/git/config": '[Core] ExcludesFile="~/a b"', "a b": "*.log", ".config/git/ignore": "*.py"}, "", "*.log"),
+    ({".gitconfig": "[core]\nexcludesfile = ~/a", "a": "*.py", "b": "*.log"}, "[core]\nexcludesfile = ~/b", "*.log"),
+    ({".gitconfig": '[core "x"]\nexcludesfile = ~/mine\n[other]\nexcludesfile = ~/mine', "mine": "*.log"}, "", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "config", "ignored"), CONFIGURED, ids=range(len(CONFIGURED)))
+def test_what_somebody_ignores_everywhere_is_left_out(
+    tmp_path: Path, home: Path, files: dict[str, str], config: str, ignored: str
+) -> None:
+    """By the file that Git's configuration names, the repository's own first, or by the usual one; in repositories."""
+    plant(home, files)
+    plant(tmp_path, {".git/config": config, "a.log": "x", "b.py": "x", ".gitignore": "!keep.log", "keep.log": "x"})
+    expected = [".gitignore", *([] if ignored == "*.log" else ["a.log"]), "b.py", "keep.log"]
+    assert read(tmp_path) == expected
+    assert read(plant(home, {"plain/a.log": "x"}) / "plain") == ["a.log"]
+
+
+def test_a_second_copy_of_a_repository_ignores_what_the_first_does(tmp_path: Path) -> None:
+    """Where `.git` is a file that names a folder, which names another one."""
+    plant(
+        tmp_path,
+        {"main/.git/info/exclude": "*.log", "main/.git/worktrees/w/commondir": "../..\n", "w/a.log": "x", "w/b.py": "x",
+         "w/.git": "gitdir: ../main/.git/worktrees/w\n"},
+    )  # fmt: skip
+    assert read(tmp_path / "w") == ["b.py"]
+
+
 def test_dependencies_and_caches_are_left_out(tmp_path: Path) -> None:
     """Unless they are the root, or asked for: what nobody here has written would hide what was."""
     plant(
@@ -113,6 +181,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     (inside / "again.py").symlink_to(inside / "a" / "b.py")
     (inside / "gone.py").symlink_to(inside / "nothing")
     os.mkfifo(inside / "pipe")
+    os.mkfifo(inside / "a" / ".gitignore")
     assert read(inside) == ["a/b.py"]
     (tmp_path / "link").symlink_to(inside)
     assert read(tmp_path / "link") == ["a/b.py"]
@@ -196,3 +265,12 @@ def test_a_root_may_be_a_file(tmp_path: Path) -> None:
 def test_a_language_is_told_by_name_and_first_line(path: str, text: str, language: str) -> None:
     """By the whole name, what is behind the last dot, or the interpreter."""
     assert language_of(path, text) == language
+
+
+@pytest.mark.parametrize("blank", ["\n", " ", "\f\n"])
+def test_blanks_take_no_time(blank: str) -> None:
+    """However many there are before what tells the language."""
+    start = time.process_time()
+    assert language_of("a.h", blank * 200_000 + "class A;") == "c++"
+    assert language_of("a", "#!" + blank * 200_000) == ""
+    assert time.process_time() - start < 1

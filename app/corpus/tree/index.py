@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from app.corpus.rows import DataError
+from app.corpus.rows import DataError, Lost
 from app.corpus.stream import GaveUp, Manner, embed_each, reason_of
 from app.corpus.trail import Spent
 from app.corpus.tree.changes import Changes, Cut, Failure, Lot
@@ -37,13 +37,12 @@ _SPECIAL = re.compile(r"([\\*?\[\]!# ])")  # in a pattern of .gitignore
 class Wish:
     """A tree, and what its index is made with.
 
-    `unit`: vectors have length 1. A request has at most `request_tokens`. `anew`: what is there is forgotten.
+    A request has at most `request_tokens`. `anew`: what is there is forgotten.
     """
 
     cut: Cut
     made: Made
     manner: Manner
-    unit: bool = True
     request_tokens: int = 150_000
     anew: bool = False
 
@@ -96,7 +95,7 @@ class Indexing:
         self, wish: Wish, tables: Tables, engine: Engine, ask: Callable[[Sequence[str]], EmbeddingRequest], *,
         told: Callable[[Tally], None], complaint: Callable[[], str], rng: random.Random,
     ) -> None:  # fmt: skip
-        self._wish = wish
+        self._wish = replace(wish, cut=_without(wish.cut, tables.folder))
         self._tables = tables
         self._patient = Patient(engine.embed, attempts=2, rng=rng)
         self._ask = ask
@@ -113,8 +112,7 @@ class Indexing:
     async def run(self) -> None:
         """All of the tree. Raises DataError, GaveUp, and what is wrong with every chunk alike."""
         self._writer = await asyncio.to_thread(_opened, self._tables, self._wish)
-        cut = _without(self._wish.cut, self._tables.folder)
-        self.tally = Tally(Changes(cut, self._writer.known), self._writer)
+        self.tally = Tally(Changes(self._wish.cut, self._writer.known), self._writer)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read(group))
@@ -130,7 +128,7 @@ class Indexing:
     def _finish(self) -> None:
         changes = self.tally.changes
         if not changes.files:
-            raise DataError(f"{self._wish.cut.root}: there is no file with words to index; the index is left as it is")
+            raise _nothing(self._wish.cut)
         gone = changes.gone(self._writer.paths)
         self.tally.gone = len(gone)
         self._writer.finish(gone)
@@ -228,21 +226,36 @@ class Indexing:
 
 def _opened(tables: Tables, wish: Wish) -> Writer:
     """The tables, which are made as is wished. Raises DataError where they are not, and must not be made anew."""
-    made = tables.open()
-    if made is not None and not wish.anew and (differs := made.differs(wish.made)):
-        raise DataError(f"{tables.folder}: is an index of something else: {differs}. --force makes it anew")
+    try:
+        made = tables.open()
+    except Lost:
+        if not wish.anew:
+            raise
+        made = None
     if made is None or wish.anew:
+        changes = Changes(wish.cut, {})
+        if next(changes.lots(1, wish.request_tokens), None) is None and not changes.files:
+            raise _nothing(wish.cut)
         tables.begin(wish.made)
-    return Writer(tables, unit=wish.unit)
+    elif differs := made.differs(wish.made):
+        raise DataError(f"{tables.folder}: is an index of something else: {differs}. --force makes it anew")
+    return Writer(tables)
+
+
+def _nothing(cut: Cut) -> DataError:
+    return DataError(f"{cut.root}: there is no file with words to index; the index is left as it is")
 
 
 def _without(cut: Cut, folder: Path) -> Cut:
-    """The tree without the index, where that lies in it."""
+    """The tree without the index, where that lies in it, or is its root."""
     root, folder = cut.root.resolve(), folder.resolve()
-    if not folder.is_relative_to(root):
-        return cut
-    name = _SPECIAL.sub(r"\\\1", folder.relative_to(root).as_posix())
-    return replace(cut, exclude=[*cut.exclude, f"/{name}/"])
+    own = []
+    if folder == root:
+        own = ["/chunks.lance/", "/files.lance/", f"/{FAILED}"]
+    elif folder.is_relative_to(root):
+        name = _SPECIAL.sub(r"\\\1", folder.relative_to(root).as_posix())
+        own = [f"/{name}/"]
+    return replace(cut, exclude=[*cut.exclude, *own])
 
 
 def _list(file: Path, failures: Sequence[Failure]) -> None:

@@ -75,8 +75,11 @@ _INTERPRETERS: Final = {
     "node": "javascript", "nodejs": "javascript", "deno": "typescript", "ruby": "ruby", "php": "php", "perl": "perl",
     "lua": "lua", "rscript": "r",
 }  # fmt: skip
+LANGUAGES: Final = sorted({*_SUFFIXES.values(), *_NAMES.values(), *_INTERPRETERS.values()})
+"""All that are known."""
+
 _SHEBANG = re.compile(r"#!\s*(?:\S*/env\s+(?:-\S+\s+|\w+=\S+\s+)*)?(?:\S*/)?([A-Za-z]+)")
-_CPP = re.compile(r"^\s*(?:class|namespace|template|using|public:|private:|protected:)(?!\w)", re.MULTILINE)
+_CPP = re.compile(r"^[^\S\n]*(?:class|namespace|template|using|public:|private:|protected:)(?!\w)", re.MULTILINE)
 
 
 def language_of(path: str, text: str) -> str:

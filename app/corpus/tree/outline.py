@@ -17,6 +17,7 @@ _MOST_NODES: Final = 200_000  # a megabyte of good code has half of them
 _MOST_PARSE_S: Final = 2.0  # of the processor's time: a megabyte of good code takes a quarter of it
 _MOST_LINE_CHARS: Final = 300  # on average: beyond, nobody has written it
 _MOST_NAME_CHARS: Final = 80
+_MOST_READ_BYTES: Final = 512  # of what a name is in
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +94,10 @@ def _definitions(known: Grammar, lines: Sequence[str]) -> Iterator[_Found]:
         if not waiting:
             return
         node, level = waiting.pop()
-        first, (last, columns) = node.start_point[0], node.end_point
+        (first, column), (last, columns) = node.start_point, node.end_point
         end = last + 1 if columns else last
         if node.type in _ABOVE:
-            if not lines[first].encode()[: node.start_point[1]].strip():
+            if not source[node.start_byte - min(column, _MOST_LINE_CHARS) : node.start_byte].strip():
                 above.update(range(first, end))
         elif (rule := known.definitions.get(node.type)) and (named := _named(node, rule, source)):
             start = first
@@ -154,15 +155,17 @@ def _spelled(text: str) -> str:
     """A name without its quotes, types and arguments, and with dots."""
     called = _CALLED.search(text)
     if called:
-        text = called[1]
+        text = re.sub(r"<[^<>()]*>(?=::)", "", called[1])
     elif "operator" not in text:
         text = text.partition("<")[0] or text
     return re.sub(r"\s+", " ", text.replace("::", ".")).strip("\"'`*& ()")[:_MOST_NAME_CHARS]
 
 
 def _text(node: "Node | None", source: bytes) -> str:
-    """Not the node's own: of a source that is read piece by piece that takes long."""
-    return source[node.start_byte : node.end_byte].decode(errors="replace") if node else ""
+    """Its beginning; not the node's own text: of a source that is read piece by piece that takes long."""
+    if node is None:
+        return ""
+    return source[node.start_byte : min(node.end_byte, node.start_byte + _MOST_READ_BYTES)].decode(errors="replace")
 
 
 # ── headings ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -174,7 +177,7 @@ class _Heading(NamedTuple):
     name: str
 
 
-_ATX: Final = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)[ \t]*#*[ \t]*$")
+_ATX: Final = re.compile(r" {0,3}(#{1,6})[ \t]+(.*)")
 _FENCE: Final = re.compile(r" {0,3}(```+|~~~+)")
 _SETEXT: Final = re.compile(r" {0,3}(=+|--+)[ \t]*$")
 _UNDERLINE: Final = re.compile(r"([=\-~^\"'`#*+.:_])\1{2,}[ \t]*$")
@@ -188,9 +191,16 @@ def _markdown(lines: Sequence[str]) -> Iterator[_Heading]:
         elif opened := _FENCE.match(line):
             fence = opened[1]
         elif atx := _ATX.match(line):
-            yield _Heading(number, len(atx[1]), atx[2])
+            yield _Heading(number, len(atx[1]), _unclosed(atx[2]))
         elif number and (under := _SETEXT.match(line)) and re.match(r" {0,3}[^\s#>*+`~|-]", lines[number - 1]):
             yield _Heading(number - 1, 1 if under[1][0] == "=" else 2, lines[number - 1].strip())
+
+
+def _unclosed(heading: str) -> str:
+    """Without the hashes behind it, unless they are part of a word."""
+    name = heading.rstrip()
+    bare = name.rstrip("#")
+    return bare.rstrip() if not bare or bare[-1].isspace() else name
 
 
 def _underlined(lines: Sequence[str]) -> Iterator[_Heading]:

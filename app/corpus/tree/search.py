@@ -68,7 +68,7 @@ def _fused(rankings: Sequence[Sequence[str]]) -> dict[str, float]:
 def _hit(name: str, match: Match | None, score: float, query: str) -> Hit:
     if match is None:
         return Hit(name, 0, 0, "", "", score, 0, "")
-    at, lines = _best_lines(match.text.splitlines(), set(parts(asked(query))))
+    at, lines = _best_lines(match.text.split("\n"), set(parts(asked(query))))
     return Hit(
         match.path, match.start_line, match.end_line, match.language, match.symbol, score, match.start_line + at,
         "\n".join(lines),

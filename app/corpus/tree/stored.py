@@ -8,13 +8,17 @@ from app.corpus.tree.pieces import Chunk
 
 
 class Made(msgspec.Struct, frozen=True):
-    """What decides what an index holds; vectors and chunks of two kinds are never in one."""
+    """What decides what an index holds; vectors and chunks of two kinds are never in one, nor are two trees.
+
+    `root` is where the tree lies.
+    """
 
     model: str
     space: str
     dimensions: int
     chunk_tokens: int
     overlap_tokens: int
+    root: str
     version: int = 1
 
     def differs(self, other: "Made") -> str:

@@ -3,16 +3,18 @@
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 
 from app.corpus.alone import alone
-from app.corpus.rows import DataError
+from app.corpus.rows import DataError, Lost
+from app.corpus.tree.ignored import named
 from app.corpus.tree.names import words_of
 from app.corpus.tree.stored import Kept, Known, Made, Match, Vectored, Whole
 from app.vectors import rows as bytes_of
@@ -25,7 +27,6 @@ try:
     from lancedb.index import FTS, BTree, IvfSq
     from lancedb.query import FullTextOperator, LanceVectorQueryBuilder, MultiMatchQuery
     from lancedb.table import Table
-    from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
     from pyarrow.compute import list_flatten
 except ModuleNotFoundError as error:
     raise DataError(f"an index needs the package {error.name} (embedgate[index])") from None
@@ -34,6 +35,7 @@ MOST_COMPARED: Final = 100_000
 """So many vectors are compared one by one, which is exact; an index over more finds nearly the same, and faster."""
 
 _KEPT = timedelta(minutes=10)  # who searches sees the tables as they were when that began
+_TABLES = {"chunks", "files"}
 _ABOUT = b"embedgate"  # the schema's metadata with what a table is of
 _LATE_ROWS, _MOST_FRAGMENTS = 2000, 200
 _INDEX_MB = 64
@@ -54,36 +56,51 @@ _WORD = re.compile(r"\w+")
 _SOURCE = re.compile(r",? \S+\.rs:\d+:\d+")
 
 
-class Only(NamedTuple):
-    """Which files are searched: of a language, of paths that a pattern of .gitignore names; "" is no condition."""
+@dataclass(frozen=True, slots=True)
+class Only:
+    """Which files are searched: of a language, of paths that a pattern of .gitignore names; "" is no condition.
+
+    Raises DataError where that is no pattern.
+    """
 
     language: str = ""
     paths: str = ""
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        self.sql("")
 
     def sql(self, column: str) -> str:
         """As a condition, where the path is in that column."""
         told = [f"language = {_quoted(self.language)}"] if self.language else []
         if self.paths:
-            pattern, named = GitIgnoreSpecPattern.pattern_to_regex(self.paths)
-            if pattern is None:
-                raise DataError(f"{self.paths}: is no pattern of paths")
-            told.append(f"{'' if named else 'NOT '}regexp_like({column}, {_quoted(str(pattern))})")
+            pattern, is_meant = named(self.paths)
+            told.append(f"{'' if is_meant else 'NOT '}regexp_like({column}, {_quoted(pattern)})")
         return " AND ".join(told)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder, and keeps every other run away from it. Raises DataError."""
+    """Makes the folder, and keeps every other run away from it; it goes again if nothing came into it.
+
+    Raises DataError.
+    """
+    there = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror}") from error
-    with alone(str(folder)):
-        yield
+    with alone(str(folder.resolve())):
+        try:
+            yield
+        finally:
+            if not there:
+                with suppress(OSError):  # there is something in it
+                    folder.rmdir()
 
 
 class Tables:
-    """The index in a folder. Every method blocks, and raises DataError for what cannot be read or written.
+    """The index in a folder. Every method blocks, and raises Lost for what cannot be read or written.
 
     A file that has a row has all its chunks, whenever a process dies; chunks without a file are worth their vectors.
     """
@@ -99,18 +116,34 @@ class Tables:
     # ── opening ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def open(self) -> Made | None:
-        """What the index is of; None: there is none."""
+        """What the index is of; None: there is none. Raises DataError where a table is none of ours."""
+        opened: dict[str, Table] = {}
+        lost: Lost | None = None
         with self._told():
-            if not {"chunks", "files"}.issubset(self._db.list_tables().tables):
-                return None
-            self._chunks, self._files = self._db.open_table("chunks"), self._db.open_table("files")
-            told = (self._chunks.schema.metadata or {}).get(_ABOUT)
+            there = self._db.list_tables().tables
+        for name in _TABLES & {*there}:
             try:
-                made = msgspec.json.decode(told or b"", type=Made)
-            except msgspec.MsgspecError:
-                raise DataError(f"{self.folder}: holds tables that are none of ours; name another folder") from None
+                with self._told():
+                    opened[name] = self._db.open_table(name)
+            except Lost as error:  # the other one may still be somebody else's
+                lost = error
+            else:
+                made = self._made(opened[name])
+        if lost is not None:
+            raise lost
+        if opened.keys() != _TABLES:
+            return None
+        self._chunks, self._files = opened["chunks"], opened["files"]
         self._dimensions = made.dimensions
         return made
+
+    def _made(self, table: Table) -> Made:
+        with self._told():
+            schema = table.schema
+        try:
+            return msgspec.json.decode((schema.metadata or {}).get(_ABOUT, b""), type=Made)
+        except msgspec.MsgspecError:
+            raise DataError(f"{self.folder}: holds tables that are none of ours; name another folder") from None
 
     def begin(self, made: Made) -> None:
         """Empty tables for what is made so, whatever was there."""
@@ -262,7 +295,8 @@ class Tables:
             yield
         except (OSError, RuntimeError, ValueError) as error:  # the library's own errors share no better base
             said = _SOURCE.sub("", str(error).partition("\n")[0])
-            raise DataError(f"{self.folder}: the index cannot be read or written: {said}") from error
+            hint = "if it is damaged, embedgate index --force makes it anew"
+            raise Lost(f"{self.folder}: the index cannot be read or written: {said}; {hint}") from error
 
 
 def _indexes(rows: int) -> dict[str, FTS | BTree | IvfSq]:

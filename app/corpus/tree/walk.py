@@ -3,13 +3,13 @@
 import codecs
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from app.corpus.rows import DataError
+from app.corpus.tree.ignored import Layer, ignore_file, is_ignored, outside, rules
 from app.corpus.tree.languages import language_of
 from app.corpus.tree.pieces import SourceFile
 
@@ -42,7 +42,7 @@ def walk(
     `include` names is read, if it names anything; `exclude` has the last word, and with `!` it has back what is left
     out by itself. Lines of texts end with a line feed, whatever they end with. Raises DataError.
     """
-    tree = _Tree(root.resolve(), max_file_bytes, _rules("--include", include), _rules("--exclude", exclude))
+    tree = _Tree(root.resolve(), max_file_bytes, rules("--include", include), rules("--exclude", exclude))
     if root.is_file():
         yield tree.read(root.name, root)
     elif root.is_dir():
@@ -51,7 +51,7 @@ def walk(
         raise DataError(f"{root}: there is no such file or directory")
 
 
-# ── what is ignored ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is left out ────────────────────────────────────────────────────────────────────────────────────────────────
 
 _NEVER: Final = frozenset({".git", ".hg", ".svn", ".jj"})
 _MARKS: Final = frozenset({"CACHEDIR.TAG", "pyvenv.cfg"})  # what lies in the directory of a cache, or an environment
@@ -61,52 +61,6 @@ _SELDOM: Final = """
 """.split()  # noqa: SIM905 — easier to read and to add to
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """Patterns, and the directory that they are relative to: from the top of the repository, "" or with a slash."""
-
-    base: str
-    spec: "GitIgnoreSpec"
-
-
-def _rules(name: str, patterns: Sequence[str]) -> "GitIgnoreSpec":
-    try:
-        from pathspec import GitIgnoreSpec
-    except ImportError:
-        raise DataError("a source tree needs the package pathspec (embedgate[index])") from None
-    try:
-        return GitIgnoreSpec.from_lines(patterns)
-    except ValueError as error:
-        raise DataError(f"{name}: {error}") from None
-
-
-def _ignore_file(path: Path, base: str) -> list[_Layer]:
-    """Its patterns as a layer, if there is such a file; as with Git, a line that is no pattern says nothing."""
-    from pathspec import GitIgnoreSpec
-
-    try:
-        lines = path.read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return []
-    good: list[str] = []
-    for line in lines:
-        try:
-            GitIgnoreSpec.from_lines([line])
-            good.append(line)
-        except ValueError:
-            continue
-    return [_Layer(base, GitIgnoreSpec.from_lines(good))] if good else []
-
-
-def _is_ignored(layers: Iterable[_Layer], path: str) -> bool:
-    """The last pattern decides that matches; a directory's `path` ends with a slash."""
-    for layer in reversed(tuple(layers)):
-        verdict = layer.spec.check_file(path[len(layer.base) :]).include
-        if verdict is not None:
-            return verdict
-    return False
-
-
 # ── the walk ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -114,7 +68,7 @@ class _Entry(NamedTuple):
     path: str
     """From the root, with slashes; "" is the root itself."""
     is_directory: bool
-    layers: tuple[_Layer, ...]
+    layers: tuple[Layer, ...]
 
 
 class _Tree:
@@ -125,7 +79,7 @@ class _Tree:
         self._top = next((each for each in (root, *root.parents) if (each / ".git").exists()), root)
         inside = root.relative_to(self._top).as_posix()
         self._base = "" if inside == "." else inside + "/"
-        self._last = _Layer(self._base, exclude)
+        self._last = Layer(self._base, exclude)
 
     def files(self) -> Iterator[SourceFile | Skipped | Omitted]:
         """See walk; without recursion, as trees may be deep."""
@@ -145,26 +99,26 @@ class _Tree:
             except OSError as error:
                 yield Skipped(path or "/", error.strerror or str(error))
 
-    def _outer(self) -> tuple[_Layer, ...]:
+    def _outer(self) -> tuple[Layer, ...]:
         """What is ignored from outside of the root; nothing of it counts where it ignores the root itself."""
-        seldom = _Layer(self._base, _rules("", _SELDOM))
-        outer = tuple(_ignore_file(self._top / ".git" / "info" / "exclude", ""))
+        seldom = Layer(self._base, rules("", _SELDOM))
+        outer = outside(self._top)
         done = ""
         for part in self._base.split("/")[:-1]:
-            outer = (*outer, *_ignore_file(self._top / done / ".gitignore", done))
+            outer = (*outer, *ignore_file(self._top / done / ".gitignore", done))
             done += part + "/"
-            if _is_ignored(outer, done):
+            if is_ignored(outer, done):
                 return (seldom,)
         return (seldom, *outer)
 
-    def _entries(self, path: str, layers: tuple[_Layer, ...]) -> list[_Entry]:
+    def _entries(self, path: str, layers: tuple[Layer, ...]) -> list[_Entry]:
         """What is to be read of a directory, sorted as its paths are."""
         with os.scandir(self._root / path) as found:
             entries = {each.name: each for each in found if not each.is_symlink()}
         if path and _MARKS & entries.keys():
             return []
         if ".gitignore" in entries:
-            layers = (*layers, *_ignore_file(self._root / path / ".gitignore", self._base + path))
+            layers = (*layers, *ignore_file(self._root / path / ".gitignore", self._base + path))
         here = []
         for name, each in entries.items():
             is_directory = each.is_dir(follow_symlinks=False)
@@ -173,8 +127,8 @@ class _Tree:
                 here.append(_Entry(whole, is_directory, layers))
         return sorted(here)
 
-    def _wants(self, path: str, layers: tuple[_Layer, ...]) -> bool:
-        if path.rstrip("/").rpartition("/")[2] in _NEVER or _is_ignored((*layers, self._last), self._base + path):
+    def _wants(self, path: str, layers: tuple[Layer, ...]) -> bool:
+        if path.rstrip("/").rpartition("/")[2] in _NEVER or is_ignored((*layers, self._last), self._base + path):
             return False
         return path.endswith("/") or not self._include.patterns or self._include.match_file(path)
 

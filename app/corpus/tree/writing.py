@@ -19,17 +19,16 @@ class Settled(NamedTuple):
 
 
 class Writer:
-    """Writes lots in their order into `tables`; `unit`: vectors have length 1. Blocks; one thread at a time.
+    """Writes lots in their order into `tables`. Blocks; one thread at a time.
 
     A file is first no longer known, then its chunks are replaced, then it is known again: one that is not, is cut and
     embedded again by the next run, and chunks that are there need not be bought.
     """
 
-    def __init__(self, tables: Tables, *, unit: bool) -> None:
+    def __init__(self, tables: Tables) -> None:
         self.known = tables.files()
         self.took_s = 0.0
         self._tables = tables
-        self._unit = unit
         self._partly = tables.paths()
         self._ids: set[str] = set()  # of all chunks so far of the file that has begun and not ended
         self._written: list[Vectored] = []  # those of them that have a vector
@@ -84,7 +83,7 @@ class Writer:
         if len(self._written) < len(self._ids):
             return []
         tokens = [each.chunk.tokens for each in self._written]
-        vector = mean([each.vector for each in self._written], tokens, unit=self._unit)
+        vector = mean([each.vector for each in self._written], tokens, unit=True)
         about = (file.path, file.language, file.size_bytes, file.hash)
         return [Whole(*about, len(tokens), sum(tokens), vector)]
 
