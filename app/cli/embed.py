@@ -3,14 +3,14 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from app import money
-from app.cli.running import Config, api_key, desk_at, explained, priced, run, span_s, with_examples
+from app.cli.running import Config, api_key, desk_at, explained, overridden, priced, run, span_s, with_examples
 from app.settings import Settings, find, json_lines, load, table
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ Look first what it costs with every model that is configured (or --model, or tha
 spent; try it with a thousand random rows, the same each time:
 
     embedgate embed train.csv --text description --dry-run
-    embedgate embed train.csv --text description --out some.npy --limit 1000 --seed 7 --dimensions 256 --json
+    embedgate embed train.csv --text description --out some.npy --limit 1000 --seed 7 --json
+    embedgate embed train.csv --text description --out some.npy --model text-embedding-3-small --dimensions 256
 
 At the vendor's batch price, within a day (with --force another run calls these batches off); or beside others who use
 the same quota:
@@ -141,10 +142,14 @@ def embed(  # noqa: PLR0913 — a command has its options
     from app.corpus.address import shown
     from app.embed_desk import Asking
 
+    age_s = span_s(give_up_after, "--give-up-after") if give_up_after else None
     settings = _paced(
-        load(find(config, os.environ), os.environ), batch=batch or None, pool=pool or None, tier=tier,
-        tokens_per_minute=tokens_per_minute or None, safety_buffer=safety_buffer,
-        give_up_after_s=span_s(give_up_after, "--give-up-after") if give_up_after else None,
+        load(find(config, os.environ), os.environ),
+        {
+            "--batch": ("batch", batch or None), "--pool": ("pool", pool or None), "--tier": ("tier", tier),
+            "--tokens-per-minute": ("tokens_per_minute", tokens_per_minute or None),
+            "--safety-buffer": ("safety_buffer", safety_buffer), "--give-up-after": ("give_up_after_s", age_s),
+        },
     )  # fmt: skip
     sharing = Sharing(part, join, on, workers, partitions, ray_address)
     opened = partial(
@@ -171,12 +176,11 @@ def embed(  # noqa: PLR0913 — a command has its options
     raise typer.Exit(3 if outcome.spent.failed else 0)
 
 
-def _paced(settings: Settings, **options: Any) -> Settings:
-    """With what the options say of `[embed]`; None: nothing."""
+def _paced(settings: Settings, options: Mapping[str, tuple[str, Any]]) -> Settings:
+    """With what the options say of `[embed]`."""
     from app.embed_desk import passing
 
-    said = {name: value for name, value in options.items() if value is not None}
-    return passing(settings.model_copy(update={"embed": settings.embed.model_copy(update=said)}))
+    return passing(settings.model_copy(update={"embed": overridden(settings.embed, options)}))
 
 
 def _refuse_bytes(**options: str) -> None:

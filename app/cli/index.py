@@ -5,19 +5,16 @@ import json
 import os
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from app import money
-from app.cli.running import Config, desk_at, explained, priced, run, with_examples
-from app.errors import ConfigurationError
+from app.cli.running import Config, desk_at, explained, overridden, priced, run, with_examples
 from app.settings import Settings, find, json_lines, load, table
-from app.settings.wording import in_words
 
 if TYPE_CHECKING:
     from app.corpus.stream import Manner
@@ -100,7 +97,8 @@ def index(  # noqa: PLR0913 — a command has its options
         "--chunk-tokens": ("chunk_tokens", chunk_tokens), "--overlap-tokens": ("overlap_tokens", overlap_tokens),
         "--max-file-size": ("max_file_bytes", max_file_size), "--max-failed": ("max_failed", max_failed),
     }  # fmt: skip
-    settings = _with(load(find(config, os.environ), os.environ), options)
+    settings = load(find(config, os.environ), os.environ)
+    settings = settings.model_copy(update={"index": overridden(settings.index, options)})
     with explained():
         if not path.exists():
             raise DataError(f"{path}: there is no such file or folder")
@@ -114,18 +112,6 @@ def index(  # noqa: PLR0913 — a command has its options
         asking = Asking(model, input_type="document", insists=False)
         tally = _indexed(tree, db, asking, server, force=force, quiet=as_json)
     _end(tally, db, settings.index.max_failed, as_json=as_json)
-
-
-def _with(settings: Settings, options: Mapping[str, tuple[str, float | None]]) -> Settings:
-    """The settings with what options say instead of `[index]`. Raises ConfigurationError for what that may not hold."""
-    given = {name: value for name, value in options.values() if value is not None}
-    try:
-        wanted = settings.index.model_validate(settings.index.model_dump() | given)
-    except ValidationError as error:
-        named = {name: option for option, (name, _) in options.items()}
-        told = filter(None, map(in_words, error.errors(include_url=False)))
-        raise ConfigurationError("; ".join(f"{named[str(where[-1])]}: {why}" for where, why in told)) from None
-    return settings.model_copy(update={"index": wanted})
 
 
 def _end(tally: "Tally", db: Path, max_failed: float, *, as_json: bool) -> None:

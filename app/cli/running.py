@@ -5,20 +5,23 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from pydantic import BaseModel, ValidationError
 
 from app.errors import ConfigurationError
 from app.settings import Settings
+from app.settings.wording import in_words
 
 if TYPE_CHECKING:
     from app.embed_desk import Asking, Desk
 
 _T = TypeVar("_T")
+_S = TypeVar("_S", bound=BaseModel)
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
@@ -40,6 +43,20 @@ def run(work: Callable[[], Coroutine[Any, Any, _T]], *, interrupted: int = 130) 
             return runner.run(work())
     except KeyboardInterrupt:
         raise typer.Exit(interrupted) from None
+
+
+def overridden(section: _S, options: Mapping[str, tuple[str, Any]]) -> _S:
+    """A section of the configuration with what options say instead of its fields; None: nothing.
+
+    Raises ConfigurationError for what may not stand there either.
+    """
+    given = {name: value for name, value in options.values() if value is not None}
+    try:
+        return section.model_validate(section.model_dump() | given)
+    except ValidationError as error:
+        named = {name: option for option, (name, _) in options.items()}
+        told = filter(None, map(in_words, error.errors(include_url=False)))
+        raise ConfigurationError("; ".join(f"{named[str(where[-1])]}: {why}" for where, why in told)) from None
 
 
 def api_key() -> str:

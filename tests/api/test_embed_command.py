@@ -559,6 +559,8 @@ async def test_what_cannot_be_done_is_one_line(tmp_path: Path) -> None:
             ((source, "--out", here.path("out.npy"), "--model", "gpt"), ("gpt is not configured", "tiny, other")),
             ((source, "--out", here.path("out.npy"), "--seed", "7"), ("give a limit",)),
             ((source, "--out", source), ("in.csv is the output: name another",)),
+            ((source, "--out", here.path("out.npy"), "--batch", "5000"), ("--batch: must be at most 2048",)),
+            ((source, "--out", here.path("out.npy"), "--give-up-after", "0s"), ("--give-up-after: must be more",)),
             *(
                 ((source, "--out", here.path("out.npy"), option, "\udcff"), (f"{option} ", "is no UTF-8"))
                 for option in ("--text", "--id", "--dataset", "--split", "--model")
