@@ -3,10 +3,12 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ QUESTIONS = {
 FEW, MANY, PACED, TOUCHED = 1000, 5000, 600, 10
 OUTSIDE_MS = 5.0
 TOKENS_PER_MINUTE = 1_200_000
+_LOOK_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +61,22 @@ async def embedgate(folder: Path, *arguments: str) -> Ended:
     def ended() -> Ended:
         with (folder / "out").open("w+") as out:
             process = subprocess.Popen(command, cwd=ROOT, stdout=out, env=environ)
-            _, status, usage = os.wait4(process.pid, 0)
+            peak_mb, gone = 0.0, 0
+            while not gone:  # what `usage` says of memory holds that of this process, which has forked
+                peak_mb = max(peak_mb, _peak_mb(process.pid))
+                time.sleep(_LOOK_S)
+                gone, status, usage = os.wait4(process.pid, os.WNOHANG)
             process.returncode = os.waitstatus_to_exitcode(status)
             out.seek(0)
-            return Ended(process.returncode, out.read(), usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime)
+            return Ended(process.returncode, out.read(), peak_mb, usage.ru_utime + usage.ru_stime)
 
     return await asyncio.to_thread(ended)
+
+
+def _peak_mb(pid: int) -> float:
+    """The most that it had at once so far; 0 once it has ended."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) / 1024 if found else 0.0
 
 
 async def index(folder: Path, tree: Path, db: str = "index") -> tuple[dict[str, Any], Ended]:
