@@ -26,6 +26,7 @@ WINDOW_S: Final = 18 * 3600.0
 """So long the vendor has, who promises a day; then what is not there goes the ordinary way."""
 
 _AHEAD_SPANS = 64  # that are ordered while the first of them has not come
+_LOOKS_AT_ONCE = 4  # each holds the texts of a span
 _REQUEST_ROWS = 500  # that are looked up in the cache at once
 _LOOK_S = 2.0  # between two looks at what was called off
 _RUN, _SPANS = "run", "spans"
@@ -59,6 +60,7 @@ class Preorders:
         self._reader = _SpanReader(source)
         self._reading = asyncio.Lock()
         self._room = asyncio.Semaphore(_AHEAD_SPANS)
+        self._looks = asyncio.Semaphore(_LOOKS_AT_ONCE)
         self._over: dict[int, asyncio.Future[_Span]] = {}
         self._brought: dict[int, asyncio.Task[Brought]] = {}
         self._ready = asyncio.Event()
@@ -124,7 +126,8 @@ class Preorders:
 
     async def _look(self, span: "_Span") -> Wait | None:
         try:
-            return await self._path.look(span)
+            async with self._looks:
+                return await self._path.look(span)
         except TryAgainLater as later:
             return Wait(later.retry_after_s)
 
